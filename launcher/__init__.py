@@ -1,0 +1,1 @@
+"""Entry points and job scripts: the only place where the rooms are wired together."""

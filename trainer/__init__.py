@@ -1,0 +1,1 @@
+"""The method: models, capture, losses, engine, loop, checkpoints, tracking, evaluation, export."""
