@@ -1,0 +1,82 @@
+"""The DeepSpeed config, derived: one place for batch arithmetic, ZeRO, offload and precision."""
+
+from collections.abc import Mapping
+from typing import Any
+
+from configs.schema import Offload, Precision, RunConfig, StudentConfig
+
+DERIVED = {
+    "train_batch_size": "train.global_batch_rows",
+    "train_micro_batch_size_per_gpu": "train.micro_batch_rows",
+    "gradient_accumulation_steps": "train.global_batch_rows and train.micro_batch_rows",
+    "gradient_clipping": "students.N.optimizer.max_grad_norm",
+    "optimizer": "students.N.optimizer",
+    "scheduler": "students.N.optimizer",
+    "bf16.enabled": "deepspeed.precision",
+    "fp16.enabled": "deepspeed.precision",
+    "data_types.grad_accum_dtype": "deepspeed.precision",
+    "zero_optimization.stage": "deepspeed.zero_stage",
+    "zero_optimization.offload_optimizer.device": "deepspeed.offload_optimizer",
+    "zero_optimization.offload_param.device": "deepspeed.offload_parameters",
+}
+"""DeepSpeed keys (dotted) that follow from other settings, and the setting that each follows from."""
+
+
+def derive(config: RunConfig, student: StudentConfig, world_size: int, pin_memory: bool) -> dict[str, Any]:
+    """Return the DeepSpeed config of one student.
+
+    ``train_batch_size = micro_batch_rows * gradient_accumulation_steps * world_size``. The student's
+    optimizer is a ``torch.optim.AdamW`` made by us, in every mode: its CPU kernel is fused and vectorised,
+    so offload needs no compiled extension (``zero_force_ds_cpu_optimizer: false``).
+
+    Args:
+        config: a validated run config whose batch divides by ``world_size`` (``check_batch``).
+        student: the student whose clipping applies.
+        world_size: number of data-parallel ranks.
+        pin_memory: page-lock offloaded state (CUDA only).
+    """
+    unit = config.train.micro_batch_rows * world_size
+    assert config.train.global_batch_rows % unit == 0, "check_batch comes first"
+    settings = config.deepspeed
+    zero: dict[str, Any] = {"stage": settings.zero_stage}
+    if settings.offload_optimizer is not Offload.none:
+        zero["offload_optimizer"] = {"device": settings.offload_optimizer.value, "pin_memory": pin_memory}
+    if settings.offload_parameters is not Offload.none:
+        zero["offload_param"] = {"device": settings.offload_parameters.value, "pin_memory": pin_memory}
+    derived: dict[str, Any] = {
+        "train_batch_size": config.train.global_batch_rows,
+        "train_micro_batch_size_per_gpu": config.train.micro_batch_rows,
+        "gradient_accumulation_steps": config.train.global_batch_rows // unit,
+        "gradient_clipping": student.optimizer.max_grad_norm or 0.0,  # 0 is DeepSpeed's "off"
+        "zero_optimization": zero,
+        "zero_force_ds_cpu_optimizer": False,
+    }
+    if settings.precision is Precision.bf16:
+        # float32 accumulation: in bf16 a small micro-batch gradient vanishes beside the running sum
+        derived |= {"bf16": {"enabled": True}, "data_types": {"grad_accum_dtype": "fp32"}}
+    if settings.precision is Precision.fp16:
+        derived |= {"fp16": {"enabled": True}}
+    return _merge(derived, settings.extra)
+
+
+def conflicts(extra: Mapping[str, Any]) -> list[str]:
+    """Return the derived keys that ``extra`` tries to set, dotted and sorted."""
+    return sorted(set(_dotted(extra)) & set(DERIVED))
+
+
+def _merge(base: Mapping[str, Any], extra: Mapping[str, Any]) -> dict[str, Any]:
+    merged = dict(base)
+    for key, value in extra.items():
+        both = isinstance(value, Mapping) and isinstance(merged.get(key), Mapping)
+        merged[key] = _merge(merged[key], value) if both else value
+    return merged
+
+
+def _dotted(tree: Mapping[str, Any], prefix: str = "") -> list[str]:
+    """Return the dotted paths of every leaf and branch of a nested mapping."""
+    paths = []
+    for key, value in tree.items():
+        paths.append(f"{prefix}{key}")
+        if isinstance(value, Mapping):
+            paths += _dotted(value, f"{prefix}{key}.")
+    return paths

@@ -1,0 +1,180 @@
+"""Defaults < YAML < command line, merged into the schema; every problem is reported at once.
+
+OmegaConf does the typing (structured configs), but stops at the first error. A person with five typing
+errors should see five, so the merge here walks the user's tree leaf by leaf and collects them.
+"""
+
+import difflib
+import importlib.util
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import fields, is_dataclass
+from pathlib import Path
+from typing import Any, TypeVar, get_args, get_origin, get_type_hints
+
+import yaml
+from omegaconf import DictConfig, OmegaConf
+from omegaconf.errors import OmegaConfBaseException
+
+from configs.schema import CorpusConfig, RunConfig
+from configs.validate import check_corpus, check_run
+
+Config = TypeVar("Config", RunConfig, CorpusConfig)
+
+
+class ConfigError(ValueError):
+    """Everything that is wrong with a configuration, one problem a line."""
+
+    def __init__(self, problems: Sequence[str]) -> None:
+        self.problems = list(problems)
+        count = f"{len(self.problems)} problem{'s' if len(self.problems) > 1 else ''}"
+        super().__init__(f"{count} in the configuration:\n" + "\n".join(f"  - {line}" for line in problems))
+
+
+def load_config(schema: type[Config], path: str | Path | None, overrides: Sequence[str] = ()) -> Config:
+    """Return the resolved config: the schema's defaults, then the YAML at ``path``, then ``key=value``.
+
+    Args:
+        schema: ``RunConfig`` or ``CorpusConfig``.
+        path: YAML file, or None for defaults and overrides alone.
+        overrides: ``section.key=value``, the value read as YAML; list items by index,
+            ``students.0.optimizer.lr=3e-4``.
+
+    Raises:
+        ConfigError: unknown keys, wrong types, missing values and impossible combinations, together.
+    """
+    problems: list[str] = []
+    user = _read_yaml(path, problems) if path is not None else {}
+    for override in overrides:
+        _apply_override(user, override, problems)
+
+    _register_resolvers()
+    try:
+        user = OmegaConf.to_container(OmegaConf.create(user), resolve=True)  # type: ignore[assignment]
+    except (OmegaConfBaseException, FileNotFoundError) as error:
+        problems.append(_first_line(error).rpartition("interpolation: ")[2])
+
+    _require_known_and_typed(schema, user, "", problems)
+    if problems:
+        raise ConfigError(problems)
+    config: Config = OmegaConf.to_object(OmegaConf.merge(_structured(schema), user))  # type: ignore[assignment]
+    problems = check_run(config) if isinstance(config, RunConfig) else check_corpus(config)
+    if problems:
+        raise ConfigError(problems)
+    return config
+
+
+def to_dict(config: Any) -> dict[str, Any]:
+    """Return the config as plain YAML-ready values (enums by name)."""
+    container = OmegaConf.to_container(OmegaConf.structured(config), enum_to_str=True)
+    assert isinstance(container, dict)
+    return container  # type: ignore[return-value]
+
+
+def to_yaml(config: Any) -> str:
+    """Return the config as YAML that ``load_config`` reads back to an equal config."""
+    return yaml.safe_dump(to_dict(config), sort_keys=False, allow_unicode=True)
+
+
+def _read_yaml(path: str | Path, problems: list[str]) -> dict[str, Any]:
+    try:
+        loaded = OmegaConf.load(path)
+    except FileNotFoundError:
+        raise ConfigError([f"config file {path} does not exist; configs/ holds ones to start from"]) from None
+    except (yaml.YAMLError, OSError, OmegaConfBaseException) as error:
+        raise ConfigError([f"config file {path} cannot be read as YAML: {error}"]) from error
+    if not isinstance(loaded, DictConfig):
+        problems.append(f"config file {path} holds a list; a config is a mapping of keys to values")
+        return {}
+    return OmegaConf.to_container(loaded, resolve=False)  # type: ignore[return-value]
+
+
+def _apply_override(user: dict[str, Any], override: str, problems: list[str]) -> None:
+    """Set one ``section.key=value`` in the user's tree; numbers in the path index lists."""
+    key, equals, text = override.partition("=")
+    if not equals or not key:
+        problems.append(f"argument {override!r} is not of the form section.key=value")
+        return
+    value = OmegaConf.to_container(OmegaConf.from_dotlist([f"value={text}"]))["value"]  # type: ignore[index,call-overload]
+    node: Any = user
+    path = key.split(".")
+    for depth, name in enumerate(path):
+        here = ".".join(path[:depth])
+        if isinstance(node, list) and not (name.isdigit() and int(name) < len(node)):
+            problems.append(f"{override}: {here} has {len(node)} items, numbered from 0; {name!r} is not one")
+            return
+        if not isinstance(node, list | dict):
+            problems.append(f"{override}: {here}={node!r} is a value, it has no keys below it")
+            return
+        index: Any = int(name) if isinstance(node, list) else name
+        if depth == len(path) - 1:
+            node[index] = value
+        else:
+            if isinstance(node, dict) and node.get(index) is None:
+                node[index] = {}
+            node = node[index]
+
+
+def _require_known_and_typed(schema: Any, user: Any, prefix: str, problems: list[str]) -> None:
+    """Collect unknown keys, wrong types and missing values of ``user`` against a dataclass."""
+    if not isinstance(user, Mapping):
+        problems.append(f"{prefix or 'config'}={user!r} is not a mapping of keys to values")
+        return
+    hints = get_type_hints(schema)
+    for key in user:
+        if key not in hints:
+            close = difflib.get_close_matches(str(key), hints, n=1)
+            hint = f"did you mean {_join(prefix, close[0])}?" if close else f"known here: {', '.join(hints)}"
+            problems.append(f"unknown key {_join(prefix, key)}; {hint}")
+    for entry in fields(schema):
+        name, hint = _join(prefix, entry.name), hints[entry.name]
+        item = get_args(hint)[0] if get_origin(hint) is list else None
+        value = user.get(entry.name)
+        if is_dataclass(hint):
+            _require_known_and_typed(hint, value if value is not None else {}, name, problems)
+        elif item is not None and is_dataclass(item):
+            _require_items(item, value, name, problems)
+        elif entry.name not in user:
+            if OmegaConf.is_missing(_structured(schema), entry.name):
+                problems.append(f"{name} is missing; set it in the YAML or as {name}=...")
+        else:
+            try:
+                OmegaConf.merge(_structured(schema), {entry.name: value})
+            except OmegaConfBaseException as error:
+                problems.append(f"{name}={value!r}: {_first_line(error)}")
+
+
+def _require_items(item: Any, value: Any, name: str, problems: list[str]) -> None:
+    if not isinstance(value, list) or not value:
+        problems.append(f"{name} must be a list with at least one entry, not {value!r}")
+        return
+    for index, entry in enumerate(value):
+        _require_known_and_typed(item, entry, f"{name}.{index}", problems)
+
+
+def _structured(schema: Any) -> DictConfig:
+    return OmegaConf.structured(schema)
+
+
+def _join(prefix: str, name: str) -> str:
+    return f"{prefix}.{name}" if prefix else str(name)
+
+
+def _first_line(error: Exception) -> str:
+    lines: Iterator[str] = iter(str(error).splitlines())
+    return next(lines, type(error).__name__).strip()
+
+
+def _package_file(package: str, relative: str = "") -> str:
+    """Return the path of a file that an installed package ships, without importing the package."""
+    spec = importlib.util.find_spec(package)
+    if spec is None or not spec.submodule_search_locations:
+        raise FileNotFoundError(f"${{package:{package}}}: package {package} is not installed; pip install it")
+    path = Path(next(iter(spec.submodule_search_locations)), relative)
+    if not path.exists():
+        raise FileNotFoundError(f"${{package:{package},{relative}}}: {path} does not exist in the package")
+    return str(path)
+
+
+def _register_resolvers() -> None:
+    """``${package:NAME,relative/path}``: a file of an installed package, such as an embedded teacher."""
+    OmegaConf.register_resolver("package", _package_file, replace=True)

@@ -1,0 +1,184 @@
+"""Combinations that cannot work, found from the config alone: pure functions that return problems.
+
+What needs the world's size, the teacher or the corpus is checked by the launcher once these are known.
+"""
+
+import re
+from collections import Counter
+
+from configs.deepspeed import DERIVED, conflicts
+from configs.schema import (
+    CorpusConfig,
+    LossConfig,
+    Offload,
+    OptimizerConfig,
+    Precision,
+    RunConfig,
+    SourceKind,
+    StudentConfig,
+)
+
+_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.-]*")
+_MAX_SEQ_LEN = 65_535  # row lengths are stored as uint16
+
+
+def check_run(config: RunConfig) -> list[str]:
+    """Return every problem of a run's config, each with key, value, rule and way out."""
+    problems = _check_lengths(config) + _check_deepspeed(config)
+    if not _NAME.fullmatch(config.name):
+        problems.append(f"name={config.name!r} must be letters, digits, '-', '_' and '.'")
+    for name, count in Counter(student.name for student in config.students).items():
+        if count > 1:
+            problems.append(f"students: the name {name!r} is used {count} times; give each its own")
+    for index, student in enumerate(config.students):
+        problems += _check_student(f"students.{index}", student)
+    return problems
+
+
+def check_batch(global_batch_rows: int, micro_batch_rows: int, world_size: int) -> list[str]:
+    """Return the problem, if any, of dealing a global batch to ``world_size`` ranks in micro batches."""
+    unit = micro_batch_rows * world_size
+    if global_batch_rows % unit == 0:
+        return []
+    below, above = global_batch_rows // unit * unit, (global_batch_rows // unit + 1) * unit
+    nearest = ", ".join(str(rows) for rows in (below, above) if rows > 0)
+    return [
+        f"train.global_batch_rows={global_batch_rows} is not a multiple of {unit} "
+        f"(micro batch {micro_batch_rows} x {world_size} ranks); nearest: {nearest}"
+    ]
+
+
+def check_corpus(config: CorpusConfig) -> list[str]:
+    """Return every problem of a corpus build's config."""
+    problems = _positive(
+        ("min_document_chars", config.min_document_chars, 0),
+        ("max_documents", config.max_documents, 1),
+        ("processes", config.processes, 1),
+        ("block_rows", config.block_rows, 1),
+    )
+    if not 8 <= config.seq_len <= _MAX_SEQ_LEN:
+        problems.append(f"seq_len={config.seq_len} must be between 8 and {_MAX_SEQ_LEN}")
+    if not 0 <= config.heldout_share < 1:
+        problems.append(f"heldout_share={config.heldout_share} must be at least 0 and below 1")
+    row_bytes = config.seq_len * 4 + 4
+    if config.max_shard_bytes < config.block_rows * row_bytes:
+        problems.append(
+            f"max_shard_bytes={config.max_shard_bytes} cannot hold one block "
+            f"({config.block_rows} rows of up to {row_bytes} bytes); raise it or lower block_rows"
+        )
+    if config.source.kind is not SourceKind.datasets and config.source.subset is not None:
+        problems.append(f"source.subset={config.source.subset!r} goes with source.kind=datasets only")
+    if config.source.kind is not SourceKind.text and config.source.one_per_line:
+        problems.append("source.one_per_line=true goes with source.kind=text only")
+    return problems
+
+
+def _check_lengths(config: RunConfig) -> list[str]:
+    train = config.train
+    problems = _positive(
+        ("train.global_batch_rows", train.global_batch_rows, 1),
+        ("train.micro_batch_rows", train.micro_batch_rows, 1),
+        ("train.steps", train.steps, 1),
+        ("train.threads", train.threads, 1),
+        ("train.max_skipped_steps", train.max_skipped_steps, 1),
+        ("train.seed", train.seed, 0),
+        ("data.group_blocks", config.data.group_blocks, 1),
+        ("data.workers", config.data.workers, 0),
+        ("data.prefetch_steps", config.data.prefetch_steps, 1),
+        ("evaluation.every_steps", config.evaluation.every_steps, 1),
+        ("evaluation.rows", config.evaluation.rows, 1),
+        ("checkpoint.every_steps", config.checkpoint.every_steps, 1),
+        ("checkpoint.keep_last", config.checkpoint.keep_last, 1),
+        ("log.every_steps", config.log.every_steps, 1),
+    )
+    if (train.epochs is None) == (train.steps is None):
+        problems.append(
+            f"train.epochs={train.epochs} and train.steps={train.steps}: set exactly one of the two"
+        )
+    if train.epochs is not None and not train.epochs > 0:
+        problems.append(f"train.epochs={train.epochs} must be above 0")
+    if train.micro_batch_rows >= 1:  # with one rank it must already come out even
+        problems += check_batch(train.global_batch_rows, train.micro_batch_rows, world_size=1)
+    return problems
+
+
+def _check_deepspeed(config: RunConfig) -> list[str]:
+    deepspeed = config.deepspeed
+    problems = []
+    if deepspeed.zero_stage not in (0, 1, 2, 3):
+        problems.append(f"deepspeed.zero_stage={deepspeed.zero_stage} must be 0, 1, 2 or 3")
+    if deepspeed.offload_optimizer is not Offload.none and deepspeed.zero_stage == 0:
+        problems.append("deepspeed.offload_optimizer=cpu needs deepspeed.zero_stage 1, 2 or 3, not 0")
+    if deepspeed.offload_parameters is not Offload.none and deepspeed.zero_stage != 3:
+        problems.append(
+            f"deepspeed.offload_parameters=cpu needs deepspeed.zero_stage 3, not {deepspeed.zero_stage}"
+        )
+    if deepspeed.precision is not Precision.fp32 and deepspeed.zero_stage == 0:
+        problems.append(
+            f"deepspeed.precision={deepspeed.precision.value} needs deepspeed.zero_stage 1, 2 or 3, "
+            "which keep float32 master weights; stage 1 costs no more than 0, even on one rank"
+        )
+    for key in conflicts(deepspeed.extra):
+        problems.append(f"deepspeed.extra.{key} follows from {DERIVED[key]}; set that instead")
+    return problems
+
+
+def _check_student(prefix: str, student: StudentConfig) -> list[str]:
+    problems = _positive(
+        (f"{prefix}.layers", student.layers, 1),
+        (f"{prefix}.heads", student.heads, 1),
+        (f"{prefix}.hidden_size", student.hidden_size, 1),
+        (f"{prefix}.intermediate_size", student.intermediate_size, 1),
+    )
+    if not _NAME.fullmatch(student.name):
+        problems.append(f"{prefix}.name={student.name!r} must be letters, digits, '-', '_' and '.'")
+    if student.heads >= 1 and student.hidden_size % student.heads:
+        problems.append(
+            f"{prefix}.hidden_size={student.hidden_size} is not a multiple of heads={student.heads}"
+        )
+    return problems + _check_losses(prefix, student) + _check_optimizer(prefix, student.optimizer)
+
+
+def _check_losses(prefix: str, student: StudentConfig) -> list[str]:
+    losses: LossConfig = student.losses
+    problems = []
+    terms = {"embedding": losses.embedding, "hidden": losses.hidden, "attention": losses.attention}
+    for name, weight in terms.items():
+        if not weight >= 0:
+            problems.append(f"{prefix}.losses.{name}={weight} must be at least 0")
+    if not any(weight > 0 for weight in terms.values()):
+        problems.append(f"{prefix}.losses: every weight is 0, so nothing would be learned")
+    if losses.layers is not None and len(losses.layers) != student.layers:
+        problems.append(
+            f"{prefix}.losses.layers has {len(losses.layers)} weights for {student.layers} layers"
+        )
+    if losses.layers is not None and any(not weight >= 0 for weight in losses.layers):
+        problems.append(f"{prefix}.losses.layers={losses.layers} must all be at least 0")
+    return problems
+
+
+def _check_optimizer(prefix: str, optimizer: OptimizerConfig) -> list[str]:
+    prefix = f"{prefix}.optimizer"
+    problems = []
+    if not optimizer.lr > 0:
+        problems.append(f"{prefix}.lr={optimizer.lr} must be above 0")
+    if len(optimizer.betas) != 2 or not all(0 <= beta < 1 for beta in optimizer.betas):
+        problems.append(f"{prefix}.betas={optimizer.betas} must be two numbers, at least 0 and below 1")
+    if not optimizer.eps > 0:
+        problems.append(f"{prefix}.eps={optimizer.eps} must be above 0")
+    if not optimizer.weight_decay >= 0:
+        problems.append(f"{prefix}.weight_decay={optimizer.weight_decay} must be at least 0")
+    if optimizer.max_grad_norm is not None and not optimizer.max_grad_norm > 0:
+        problems.append(f"{prefix}.max_grad_norm={optimizer.max_grad_norm} must be above 0, or null for none")
+    for name, share in (("warmup", optimizer.warmup), ("min_lr_ratio", optimizer.min_lr_ratio)):
+        if not 0 <= share <= 1:
+            problems.append(f"{prefix}.{name}={share} must be between 0 and 1: it is a share")
+    return problems
+
+
+def _positive(*entries: tuple[str, int | None, int]) -> list[str]:
+    return [
+        f"{name}={value} must be at least {least}"
+        for name, value, least in entries
+        if value is not None and value < least
+    ]
