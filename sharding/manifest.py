@@ -1,0 +1,211 @@
+"""The manifest: what a corpus holds, and the fingerprint that names it.
+
+A corpus is a folder of ``manifest.json``, ``train/00000.tar ...`` and ``heldout/00000.tar ...``. The
+fingerprint is the SHA-256 of the manifest's canonical JSON without the fingerprint itself; as the manifest
+holds a SHA-256 of every shard, two corpora with the same fingerprint are the same bytes.
+"""
+
+import hashlib
+import json
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+MANIFEST_NAME = "manifest.json"
+FORMAT_VERSION = 1
+
+
+class CorpusError(ValueError):
+    """A corpus that cannot be read, or cannot be built, for a reason that the user can act on."""
+
+
+@dataclass(frozen=True)
+class Member:
+    """One ``.npy`` file in a shard: ``offset`` of its first data byte in the tar, size, CRC-32."""
+
+    offset: int
+    bytes: int
+    crc32: int
+
+
+@dataclass(frozen=True)
+class Block:
+    """Rows that are stored, read and checked together: three adjacent members ``<name>.{ids,len,seg}.npy``."""
+
+    name: str
+    rows: int
+    tokens: int
+    ids: Member
+    len: Member
+    seg: Member
+
+
+@dataclass(frozen=True)
+class Shard:
+    """One tar file; ``path`` is relative to the corpus, with forward slashes."""
+
+    path: str
+    bytes: int
+    sha256: str
+    blocks: tuple[Block, ...]
+
+
+@dataclass(frozen=True)
+class Split:
+    """One split. ``tokens`` counts valid tokens, special tokens included, padding left out."""
+
+    documents: int
+    rows: int
+    tokens: int
+    shards: tuple[Shard, ...]
+
+
+@dataclass(frozen=True)
+class TokenizerInfo:
+    """The tokenizer that made the ids; ``sha256`` as ``sharding.tokens.tokenizer_sha256`` computes it."""
+
+    name: str
+    revision: str | None
+    sha256: str
+    vocab_size: int
+    pad_id: int
+    cls_id: int
+    sep_id: int
+
+
+@dataclass(frozen=True)
+class SourceInfo:
+    """Where the text came from: kind, names of the files (or of the dataset), and what was selected."""
+
+    kind: str
+    names: tuple[str, ...]
+    subset: str | None
+    split: str | None
+    revision: str | None
+    min_document_chars: int
+    max_documents: int | None
+
+
+@dataclass(frozen=True)
+class Manifest:
+    """All of ``manifest.json`` but the fingerprint. No dates, host names, absolute paths or process counts."""
+
+    version: int
+    tokenizer: TokenizerInfo
+    source: SourceInfo
+    seq_len: int
+    packing: str
+    block_rows: int
+    heldout_share: float
+    splits: dict[str, Split]
+
+    @property
+    def fingerprint(self) -> str:
+        """SHA-256 (hex) of the canonical JSON."""
+        return _fingerprint(asdict(self))
+
+    def to_json(self) -> str:
+        """The text of ``manifest.json``."""
+        return json.dumps({"fingerprint": self.fingerprint, **asdict(self)}, indent=1, sort_keys=True) + "\n"
+
+
+@dataclass(frozen=True)
+class Corpus:
+    """A corpus on disk: its manifest, its fingerprint, and where its shards are."""
+
+    root: Path
+    manifest: Manifest
+    fingerprint: str
+
+    def split(self, name: str) -> Split:
+        """The split ``train`` or ``heldout``; CorpusError when the corpus has no such split."""
+        if name not in self.manifest.splits:
+            raise CorpusError(
+                f"corpus {self.root} has no split {name!r}, only {', '.join(sorted(self.manifest.splits))}; "
+                f"it was built with heldout_share={self.manifest.heldout_share}: build it with a larger share"
+            )
+        return self.manifest.splits[name]
+
+
+def open_corpus(folder: str | Path) -> Corpus:
+    """Read the manifest and check that every shard is there with its size (contents: see ``verify``).
+
+    Raises: CorpusError, naming all missing or cut shards together.
+    """
+    root = Path(folder)
+    corpus = read_manifest(root)
+    problems = [
+        problem
+        for split in corpus.manifest.splits.values()
+        for shard in split.shards
+        for problem in size_problems(root, shard)
+    ]
+    if problems:
+        raise CorpusError(
+            f"corpus {root} is damaged or was copied in part:\n  " + "\n  ".join(problems) + "\n"
+            "copy these shards again, or build the corpus again; "
+            f"`python launcher/corpus.py verify {root}` checks all contents"
+        )
+    return corpus
+
+
+def read_manifest(root: Path) -> Corpus:
+    """Read ``manifest.json`` alone. Raises CorpusError when it is missing, changed, or of another format."""
+    path = root / MANIFEST_NAME
+    try:
+        fields = json.loads(path.read_text(encoding="utf-8"))
+    except (FileNotFoundError, NotADirectoryError):
+        raise CorpusError(
+            f"{path} does not exist, so {root} is not a corpus; build one with `python launcher/corpus.py build`"
+        ) from None
+    except (OSError, ValueError) as error:
+        raise CorpusError(
+            f"{path} cannot be read ({error}); copy it again, or build the corpus again"
+        ) from error
+    version = fields.get("version") if isinstance(fields, dict) else None
+    if version != FORMAT_VERSION:
+        raise CorpusError(
+            f"{path} has format version {version!r}, this code reads version {FORMAT_VERSION}; "
+            "build the corpus again, or use the code that it was built with"
+        )
+    stored = fields.pop("fingerprint", None)
+    if stored != _fingerprint(fields):
+        raise CorpusError(
+            f"{path} does not match its own fingerprint {stored}: it was edited or damaged; "
+            "copy it again, or build the corpus again"
+        )
+    return Corpus(root=root, manifest=_manifest_from(fields), fingerprint=stored)
+
+
+def size_problems(root: Path, shard: Shard) -> list[str]:
+    """What a stat of the shard says: missing, or another size than the manifest's. Empty when it is right."""
+    path = root / shard.path
+    try:
+        size = path.stat().st_size
+    except OSError as error:
+        return [f"{path}: {error.strerror}"]
+    return [] if size == shard.bytes else [f"{path}: {size} bytes, the manifest says {shard.bytes}"]
+
+
+def _fingerprint(fields: dict[str, Any]) -> str:
+    canonical = json.dumps(fields, sort_keys=True, separators=(",", ":"), ensure_ascii=True)
+    return hashlib.sha256(canonical.encode("ascii")).hexdigest()
+
+
+def _manifest_from(fields: dict[str, Any]) -> Manifest:
+    """The typed manifest; its fingerprint was right, so its shape is what ``to_json`` wrote."""
+    splits = {
+        name: Split(**{**split, "shards": tuple(_shard_from(shard) for shard in split["shards"])})
+        for name, split in fields["splits"].items()
+    }
+    source = SourceInfo(**{**fields["source"], "names": tuple(fields["source"]["names"])})
+    tokenizer = TokenizerInfo(**fields["tokenizer"])
+    return Manifest(**{**fields, "splits": splits, "source": source, "tokenizer": tokenizer})
+
+
+def _shard_from(fields: dict[str, Any]) -> Shard:
+    blocks = tuple(
+        Block(**{**block, **{part: Member(**block[part]) for part in ("ids", "len", "seg")}})
+        for block in fields["blocks"]
+    )
+    return Shard(**{**fields, "blocks": blocks})

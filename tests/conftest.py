@@ -1,0 +1,80 @@
+"""Fixtures for all rooms: a tiny tokenizer and a tiny corpus, made here, with nothing downloaded."""
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from sharding.manifest import Manifest, SourceInfo, Split
+from sharding.packing import Packer
+from sharding.shards import ShardWriter
+from sharding.tokens import id_dtype, load_tokenizer, tokenizer_info
+
+SYLLABLES = ["ba", "de", "fi", "go", "ku", "la", "mi", "no", "pe", "ru", "sa", "te", "vo"]
+WORDS = [first + second for first in SYLLABLES for second in SYLLABLES]
+
+
+def write_tiny_tokenizer(folder: Path) -> Path:
+    """A fast uncased BERT tokenizer of 232 tokens: words of two syllables, letters, punctuation."""
+    from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, processors
+    from transformers import BertTokenizerFast
+
+    letters = "abcdefghijklmnopqrstuvwxyz"
+    tokens = [
+        "[PAD]",
+        "[UNK]",
+        "[CLS]",
+        "[SEP]",
+        "[MASK]",
+        *".,()[]",
+        *letters,
+        *(f"##{x}" for x in letters),
+        *WORDS,
+    ]
+    vocabulary = {token: index for index, token in enumerate(tokens)}
+    tokenizer = Tokenizer(models.WordPiece(vocabulary, unk_token="[UNK]"))
+    tokenizer.normalizer = normalizers.BertNormalizer(lowercase=True)
+    tokenizer.pre_tokenizer = pre_tokenizers.BertPreTokenizer()
+    tokenizer.decoder = decoders.WordPiece()
+    tokenizer.post_processor = processors.BertProcessing(("[SEP]", 3), ("[CLS]", 2))
+    BertTokenizerFast(tokenizer_object=tokenizer).save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def tiny_tokenizer(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Folder of a fast BERT tokenizer of about 230 tokens (pad 0, unk 1, cls 2, sep 3, mask 4)."""
+    return write_tiny_tokenizer(tmp_path_factory.mktemp("tokenizer"))
+
+
+@pytest.fixture(scope="session")
+def tiny_corpus(tmp_path_factory: pytest.TempPathFactory, tiny_tokenizer: Path) -> Path:
+    """A corpus of 32-token rows, 64 rows per block: about 640 train rows in several shards, 87 held-out rows."""
+    root = tmp_path_factory.mktemp("corpus") / "tiny"
+    tokenizer = load_tokenizer(str(tiny_tokenizer), None)
+    info = tokenizer_info(tokenizer, str(tiny_tokenizer), None)
+    random = np.random.default_rng(0)
+    splits = {}
+    for split, documents in {"train": 480, "heldout": 60}.items():
+        packer = Packer(
+            seq_len=32,
+            block_rows=64,
+            cross_documents=True,
+            pad_id=info.pad_id,
+            cls_id=info.cls_id,
+            sep_id=info.sep_id,
+            dtype=id_dtype(info.vocab_size),
+        )
+        writer = ShardWriter(root, split, max_shard_bytes=20_480)
+        for _ in range(documents):
+            # Each document keeps to a few words, so that there is something to learn.
+            topic = random.choice(len(tokenizer) - 5, size=8, replace=False) + 5
+            for block in packer.add(random.choice(topic, size=int(random.integers(5, 75)))):
+                writer.write(block)
+        for block in packer.finish():
+            writer.write(block)
+        splits[split] = Split(documents, writer.rows, writer.tokens, writer.close())
+    source = SourceInfo("text", ("made by tests/conftest.py",), None, None, None, 0, None)
+    manifest = Manifest(1, info, source, 32, "full", 64, 0.1, splits)
+    (root / "manifest.json").write_text(manifest.to_json(), encoding="utf-8")
+    return root
