@@ -1,0 +1,253 @@
+"""The losses of the method (DESIGN, section 2). Every loss is a SUM over valid elements; the caller divides by global counts.
+
+Sums, not means: rows, padding and micro batches differ between ranks, and only a sum over everything divided by one
+global count leaves loss and gradient independent of how rows are spread. Sums are float32 whatever the inputs are
+(float64 for float64 inputs), also under autocast.
+
+Letters: B rows, S sequence, H heads, R relation heads, D head dim, E hidden dim. ``mask_BS`` is true (or 1) for
+valid tokens. Source: Jiao et al. 2019, arXiv:1909.10351, equations 7 to 11.
+"""
+
+import math
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+from trainer.capture import Captured
+
+
+def squared_error_sum(student_BSE: Tensor, teacher_BSE: Tensor, mask_BS: Tensor) -> Tensor:
+    """sum over valid tokens and features of (student - teacher)^2; its element count is tokens * E. Scalar."""
+    error_BSE = _widen(student_BSE) - _widen(teacher_BSE)
+    return error_BSE.masked_fill(~mask_BS.bool().unsqueeze(-1), 0).square().sum()
+
+
+def soft_cross_entropy_sum(
+    student_logits: Tensor, teacher_logits: Tensor, temperature: float, mask: Tensor | None = None
+) -> Tensor:
+    """- sum of softmax(teacher / t) * log_softmax(student / t), over classes and valid rows; its count is valid rows.
+
+    Logits, not probabilities: [..., classes]; mask: [...], all rows when None. No factor t^2 and no division by
+    the number of classes. Scalar.
+    """
+    target = torch.softmax(_widen(teacher_logits) / temperature, dim=-1)
+    log_student = torch.log_softmax(_widen(student_logits) / temperature, dim=-1)
+    entropy = -(target * log_student).sum(dim=-1)
+    return (entropy if mask is None else entropy.masked_fill(~mask.bool(), 0)).sum()
+
+
+def relation_heads(student_heads: int, teacher_heads: int, requested: int | None = None) -> int:
+    """R, the number of heads on which the attention of student and teacher is compared.
+
+    ``requested`` if given; else the common head count; else the greatest common divisor.
+    Raises ValueError when ``requested`` does not divide both counts, or when the divisor is 1 although both
+    models have several heads: that would compare one average head, which nobody should get unasked.
+    """
+    shown = f"student heads {student_heads}, teacher heads {teacher_heads}"
+    common = math.gcd(student_heads, teacher_heads)
+    if requested is not None:
+        if requested < 1 or common % requested:
+            fits = [r for r in range(1, common + 1) if common % r == 0]
+            raise ValueError(
+                f"relation_heads={requested} must divide both head counts ({shown}); these do: {fits}"
+            )
+        return requested
+    if common == 1 < min(student_heads, teacher_heads):
+        raise ValueError(
+            f"no common divisor of the head counts ({shown}) but 1: change the student's heads, or set relation_heads=1 "
+            "to compare the sum of all heads"
+        )
+    return common
+
+
+def group_heads(x_BHSD: Tensor, relation_heads: int) -> Tensor:
+    """[B, H, S, D] -> [B, R, S, (H / R) D]: each relation head is the concatenation of H / R consecutive heads.
+
+    So the raw score of a relation head is the sum of its heads' raw scores, q k' = sum_i q_i k_i'.
+    """
+    if x_BHSD.shape[1] == relation_heads:
+        return x_BHSD
+    return x_BHSD.unflatten(1, (relation_heads, -1)).transpose(2, 3).flatten(3)
+
+
+def attention_error_sum(
+    q_S: Tensor,
+    k_S: Tensor,
+    q_T: Tensor,
+    k_T: Tensor,
+    scaling_S: float,
+    scaling_T: float,
+    mask_BS: Tensor,
+    method: str = "auto",
+) -> Tensor:
+    """sum over rows, heads and pairs of valid tokens of (A_S - A_T)^2, with A = Q K' * scaling. Scalar.
+
+    Queries and keys: [B, R, S, D], where D may differ between student (_S) and teacher (_T). The element count is R times
+    the sum of squared row lengths. The teacher's tensors get no gradient. Scaled queries and keys are set side by side,
+
+        U = [scaling_S Q_S, scaling_T Q_T],  V = [K_S, -K_T]      so that      A_S - A_T = U V'
+
+    with padded rows zero, and the sum is one of
+
+        ``direct``   || U V' ||_F^2        the S x S errors, formed and summed
+        ``gram``     < U'U, V'V >          two matrices of D_S + D_T squared; nothing of size S x S exists
+
+    They are equal; multiplied out, the second is the three-term form of DESIGN. ``auto`` takes the cheaper one:
+    ``gram`` from S > D_S + D_T on. Both compute in float32 without TF32 (float64 for float64 inputs).
+    """
+    if method == "auto":
+        method = "gram" if q_S.shape[2] > q_S.shape[3] + q_T.shape[3] else "direct"
+    if method not in ("gram", "direct"):
+        raise ValueError(f"method={method!r} is none of auto, gram, direct")
+    padding_B1S1 = ~mask_BS.bool()[:, None, :, None]
+    queries_and_keys = (_widen(q_S) * scaling_S, _widen(k_S), _widen(q_T) * scaling_T, _widen(k_T))
+    return _ScoreError.apply(*(x.masked_fill(padding_B1S1, 0) for x in queries_and_keys), method)
+
+
+class _ScoreError(torch.autograd.Function):
+    """||Qs Ks' - Qt Kt'||^2. The gradient of a scalar is known in the forward pass up to a factor, so it is formed there:
+
+        dQs = 2 (U V') Ks = 2 U (V'V)[:, :D_S]        dKs = 2 (U V')' Qs = 2 V (U'U)[:, :D_S]
+
+    and the graph keeps two tensors of the student's size, nothing of the teacher's and nothing of S x S.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, q_S: Tensor, k_S: Tensor, q_T: Tensor, k_T: Tensor, method: str) -> Tensor:
+        dim_S, wants_gradient = q_S.shape[-1], ctx.needs_input_grad[0] or ctx.needs_input_grad[1]
+        with _exact_products(q_S.device.type):
+            u, v = torch.cat((q_S, q_T), dim=-1), torch.cat((k_S, -k_T), dim=-1)
+            if method == "gram":
+                gram_u, gram_v = u.mT @ u, v.mT @ v
+                total = (gram_u * gram_v).sum()
+                if wants_gradient:
+                    ctx.save_for_backward(2 * (u @ gram_v[..., :dim_S]), 2 * (v @ gram_u[..., :dim_S]))
+            else:
+                error = u @ v.mT
+                total = error.square().sum()
+                if wants_gradient:
+                    ctx.save_for_backward(2 * (error @ k_S), 2 * (error.mT @ q_S))
+        return total
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        gradient_q, gradient_k = ctx.saved_tensors
+        return grad * gradient_q, grad * gradient_k, None, None, None
+
+
+@contextmanager
+def _exact_products(device_type: str) -> Iterator[None]:
+    """Matrix products at the precision of their operands: no autocast, no TF32 or bfloat16 inside float32 products."""
+    precision = torch.get_float32_matmul_precision()
+    torch.set_float32_matmul_precision("highest")
+    try:
+        with torch.autocast(device_type, enabled=False):
+            yield
+    finally:
+        torch.set_float32_matmul_precision(precision)
+
+
+def _widen(x: Tensor) -> Tensor:
+    return x.to(torch.promote_types(x.dtype, torch.float32))
+
+
+@dataclass(frozen=True)
+class Transfer:
+    """What one student learns from the teacher. Made once. Terms and layers of weight 0 are never computed."""
+
+    layer_map: tuple[int, ...]
+    """g(1..M), 1-based teacher layers."""
+    relation_heads: int
+    """R, the number of heads on which attention is compared."""
+    embedding: float
+    """Weight of L_embd."""
+    hidden: float
+    """Weight of L_hidn."""
+    attention: float
+    """Weight of L_attn."""
+    layers: tuple[float, ...]
+    """lambda_1..lambda_M. The embeddings, layer 0, have the weight ``embedding`` alone."""
+
+
+def weights(transfer: Transfer) -> dict[str, float]:
+    """Weight of every term in the total, by key: ``embedding``, ``hidden/m``, ``attention/m``. No zeros."""
+    every = {"embedding": transfer.embedding}
+    for m, lambda_m in enumerate(transfer.layers, start=1):
+        every[f"hidden/{m}"] = transfer.hidden * lambda_m
+        every[f"attention/{m}"] = transfer.attention * lambda_m
+    return {key: weight for key, weight in every.items() if weight}
+
+
+def needed_layers(transfers: Iterable[Transfer]) -> tuple[set[int], set[int]]:
+    """Teacher layers whose hidden states (0 for the embeddings) and whose attention some student learns from."""
+    hidden: set[int] = set()
+    attention: set[int] = set()
+    for transfer in transfers:
+        wanted = weights(transfer)
+        pairs = list(enumerate((0, *transfer.layer_map)))
+        hidden |= {g for m, g in pairs if _hidden_key(m) in wanted}
+        attention |= {g for m, g in pairs if f"attention/{m}" in wanted}
+    return hidden, attention
+
+
+def distil(student: Captured, teacher: Captured, mask_BS: Tensor, transfer: Transfer) -> dict[str, Tensor]:
+    """The error sums of one batch, one scalar for each key of ``weights(transfer)``.
+
+    The student's hidden states are already projected to the teacher's width.
+    """
+    wanted = weights(transfer)
+    sums: dict[str, Tensor] = {}
+    for m, g in enumerate((0, *transfer.layer_map)):
+        if (key := _hidden_key(m)) in wanted:
+            sums[key] = squared_error_sum(_kept(student.hidden[m]), _kept(teacher.hidden[g]), mask_BS)
+        if (key := f"attention/{m}") in wanted:
+            q_S, k_S, scaling_S = _relation(student, m, transfer.relation_heads)
+            q_T, k_T, scaling_T = _relation(teacher, g, transfer.relation_heads)
+            sums[key] = attention_error_sum(q_S, k_S, q_T, k_T, scaling_S, scaling_T, mask_BS)
+    return sums
+
+
+def _hidden_key(m: int) -> str:
+    return f"hidden/{m}" if m else "embedding"
+
+
+def _relation(captured: Captured, layer: int, relation_heads: int) -> tuple[Tensor, Tensor, float]:
+    """Grouped queries and keys of a 1-based layer, and their scaling: g heads in one have variance g times one head's,
+    so the scaling is divided by sqrt(g); 1 / sqrt(D) becomes 1 / sqrt(g D)."""
+    query, key = _kept(captured.queries[layer - 1]), _kept(captured.keys[layer - 1])
+    heads_per_relation = query.shape[1] // relation_heads
+    scaling = captured.scalings[layer - 1] / math.sqrt(heads_per_relation)
+    return group_heads(query, relation_heads), group_heads(key, relation_heads), scaling
+
+
+def _kept(x: Tensor | None) -> Tensor:
+    assert x is not None, "the capture left out a layer that the loss needs"
+    return x
+
+
+def valid_counts(length_B: Tensor) -> Tensor:
+    """[tokens, pairs], int64: the sum of row lengths and of their squares. Counts add up over ranks and micro batches."""
+    length_B = length_B.long()
+    return torch.stack((length_B.sum(), length_B.square().sum()))
+
+
+def denominators(
+    transfer: Transfer, tokens: float, pairs: float, teacher_hidden_size: int
+) -> dict[str, float]:
+    """Element count of every term from GLOBAL counts: tokens * E for states, R * pairs for attention."""
+    attention = transfer.relation_heads * pairs
+    states = tokens * teacher_hidden_size
+    return {key: attention if key.startswith("attention/") else states for key in weights(transfer)}
+
+
+def total(
+    sums: Mapping[str, Tensor], denominators: Mapping[str, float], weights: Mapping[str, float]
+) -> Tensor:
+    """L_model = sum over terms of weight * sum / denominator. Scalar, differentiable."""
+    return torch.stack([weights[key] / denominators[key] * value for key, value in sums.items()]).sum()
