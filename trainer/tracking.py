@@ -1,10 +1,10 @@
 """Tracking in MLflow: the only module that knows it.
 
 A ``Run`` is one open MLflow run. Opening it is strict: a store that cannot be used is a ``TrackingError``
-within seconds, before anything is trained. From then on nothing it does raises or waits: metrics, texts
-and files are queued in memory, a thread of its own sends them, and what a server that is down did not take
-is kept and sent again when it is back. A point keeps the time at which it was logged, and MLflow stores a
-point of the same key, step, time and value once, so sending again never shows it twice.
+within seconds, before anything is trained. From then on nothing it does raises or waits: all goes through
+an ``Outbox``, which keeps what a server that is down did not take and sends it again. A point keeps the
+time at which it was logged, and MLflow stores a point of the same key, step, time and value once, so
+sending again never shows it twice.
 
 MLflow's own asynchronous logging is not used: it drops a batch after one failure, grows without bound and
 waits at exit for as long as a dead server lets it.
@@ -13,18 +13,14 @@ waits at exit for as long as a dead server lets it.
 import getpass
 import itertools
 import json
-import logging
 import os
 import re
 import socket
 import sqlite3
-import threading
 import time
-from collections import deque
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import closing
 from enum import Enum
-from functools import partial
 from pathlib import Path
 from typing import Any
 from urllib.parse import urlsplit
@@ -37,18 +33,15 @@ from mlflow.system_metrics.system_metrics_monitor import SystemMetricsMonitor
 from mlflow.utils.credentials import get_default_host_creds
 from mlflow.utils.rest_utils import http_request
 
-logger = logging.getLogger(__name__)
+from trainer.outbox import Outbox
 
 REACH_S = 5.0  # how long a host may take to answer at the start
 HTTP_DEFAULTS = {
-    # One call, without these, retries a dead server for four minutes. The writer does its own retrying.
+    # One call, without these, retries a dead server for four minutes. The outbox does its own retrying.
     "MLFLOW_HTTP_REQUEST_MAX_RETRIES": "0",
     "MLFLOW_HTTP_REQUEST_TIMEOUT": "30",
 }
-MAX_BUFFERED_POINTS = 100_000  # about 30 MB; the oldest are given up first
-SEND_EVERY_S, MAX_PAUSE_S = 1.0, 30.0  # between two sends; longest pause between two failing ones
-BATCH_POINTS, BATCH_PARAMS = 1000, 100  # limits of MLflow's log_batch
-MAX_PARAM_CHARS, MAX_KEY_CHARS, MAX_DIGEST_CHARS = 6000, 250, 36  # limits of MLflow's stores
+MAX_BATCH_PARAMS, MAX_PARAM_CHARS, MAX_KEY_CHARS, MAX_DIGEST_CHARS = 100, 6000, 250, 36  # MLflow's limits
 
 
 class TrackingError(ValueError):
@@ -111,8 +104,14 @@ class Run:
         self._experiment_id = stored.info.experiment_id
         # Last step the store holds of every metric: a resumed run trains some steps again.
         self._last_step = {metric.key: metric.step for metric in stored.data.to_proto().metrics}
-        sampler = _SystemSampler(self.id, uri, self._last_step) if system_metrics else None
-        self._writer = _Writer(client, self.id, sampler)
+        self._outbox: Outbox[Metric] = Outbox(
+            name=f"MLflow run {self.id}",
+            send_points=lambda points: client.log_batch(self.id, metrics=points, synchronous=True),
+            is_refusal=lambda error: (
+                isinstance(error, MlflowException) and error.get_http_status_code() == 400
+            ),
+            sample=_SystemSampler(self.id, uri, self._last_step).due if system_metrics else None,
+        )
 
     @classmethod
     def start(
@@ -179,7 +178,7 @@ class Run:
         Points at or before the last step that the store held when the run was continued are dropped.
         """
         now_ms = int(time.time() * 1000)
-        self._writer.put(
+        self._outbox.put(
             Metric(key, float(value), now_ms, step)
             for key, value in metrics.items()
             if key not in self._last_step or step > self._last_step[key]
@@ -209,22 +208,23 @@ class Run:
             self._client.log_inputs(self.id, [entry])
             self._client.set_tag(self.id, "corpus.fingerprint", fingerprint)
 
-        self._writer.call(f"dataset {name}", send)
+        self._outbox.call(f"dataset {name}", send)
 
     def log_text(self, text: str, path: str) -> None:
         """Queue a text as the artifact ``path``."""
-        self._writer.call(path, lambda: self._client.log_text(self.id, text, path))
+        self._outbox.call(path, lambda: self._client.log_text(self.id, text, path))
 
     def log_artifacts(self, folder: Path, path: str) -> None:
         """Queue the files of ``folder`` as artifacts under ``path``; leave them in place until ``finish``."""
-        self._writer.call(path, lambda: self._client.log_artifacts(self.id, str(folder), path))
+        self._outbox.call(path, lambda: self._client.log_artifacts(self.id, str(folder), path))
 
     def finish(self, status: str = "FINISHED", wait_s: float = 30.0) -> int:
         """Send what is queued, close the run as FINISHED, FAILED or KILLED; return the points lost.
 
         Gives up ``wait_s`` after the last thing that the store took, and after ten times that in all.
         """
-        return self._writer.close(status, wait_s)
+        self._outbox.call(f"status {status}", lambda: self._client.set_terminated(self.id, status))
+        return self._outbox.close(wait_s)
 
 
 def _user() -> str:
@@ -297,10 +297,10 @@ def _describe(
     changed = {
         f"resumed.{key}": value
         for key, value in values.items()
-        if known.get(key, value) != value[:MAX_PARAM_CHARS]
+        if key in known and known[key] != value[:MAX_PARAM_CHARS]
     }
-    for start in range(0, len(new), BATCH_PARAMS):
-        client.log_batch(stored.info.run_id, params=new[start : start + BATCH_PARAMS], synchronous=True)
+    for start in range(0, len(new), MAX_BATCH_PARAMS):
+        client.log_batch(stored.info.run_id, params=new[start : start + MAX_BATCH_PARAMS], synchronous=True)
     for key, value in {**tags, **changed}.items():
         client.set_tag(stored.info.run_id, key, _public(value))
     if any(len(value) > MAX_PARAM_CHARS for value in values.values()):
@@ -314,113 +314,20 @@ class _SystemSampler:
         self._monitor = SystemMetricsMonitor(run_id, tracking_uri=uri)
         taken = [step + 1 for key, step in last_step.items() if key.startswith("system/")]
         self._steps = itertools.count(max(taken, default=0))  # samples before this one, over all restarts
-        self._due_s = time.monotonic()
+        self._monitor.collect_metrics()  # CPU use is measured since the sample before; the first is void
+        self._clear()
 
     def due(self) -> list[Metric]:
         """The points of one sample when it is time for one, else none."""
         if time.monotonic() < self._due_s:
             return []
-        self._due_s = time.monotonic() + self._monitor.sampling_interval
         self._monitor.collect_metrics()
         values = self._monitor.aggregate_metrics()
-        for monitor in self._monitor.monitors:
-            monitor.clear_metrics()
+        self._clear()
         now_ms, step = int(time.time() * 1000), next(self._steps)
         return [Metric(f"system/{key}", value, now_ms, step) for key, value in values.items()]
 
-
-class _Writer:
-    """Two queues, of points and of calls, and the thread that empties them into the store.
-
-    Only the thread takes from the queues, so what it is sending stays in them until the store has it.
-    """
-
-    def __init__(self, client: MlflowClient, run_id: str, sampler: _SystemSampler | None) -> None:
-        self._client = client
-        self._run_id = run_id
-        self._sampler = sampler
-        self._lock = threading.Lock()  # guards the two queues
-        self._points: deque[Metric] = deque()
-        self._calls: deque[tuple[str, Callable[[], object]]] = deque()
-        self._lost_points = 0
-        self._failures = 0  # in a row
-        self._last_success_s = time.monotonic()
-        self._wait_s = 0.0  # patience once closing
-        self._closing = threading.Event()
-        self._thread = threading.Thread(target=self._work, name=f"mlflow-{run_id[:8]}", daemon=True)
-        self._thread.start()
-
-    def put(self, points: Iterable[Metric]) -> None:
-        with self._lock:
-            self._points.extend(points)
-
-    def call(self, what: str, send: Callable[[], object]) -> None:
-        with self._lock:
-            self._calls.append((what, send))
-
-    def close(self, status: str, wait_s: float) -> int:
-        self.call(f"status {status}", lambda: self._client.set_terminated(self._run_id, status))
-        self._wait_s, self._last_success_s = wait_s, time.monotonic()
-        self._closing.set()
-        self._thread.join(10 * wait_s)
-        with self._lock:
-            lost_points = self._lost_points + len(self._points)
-            unsent = ", ".join(what for what, _ in self._calls)
-        if lost_points or unsent:
-            self._warn(f"incomplete: {lost_points} points lost; not sent: {unsent or 'nothing else'}")
-        return lost_points
-
-    def _warn(self, text: str) -> None:
-        logger.warning("MLflow run %s: %s", self._run_id, _public(text))
-
-    def _work(self) -> None:
-        while not self._closing.wait(min(SEND_EVERY_S * 2.0**self._failures, MAX_PAUSE_S)):
-            self._sample()
-            self._drain()
-        while not self._drain() and time.monotonic() < self._last_success_s + self._wait_s:
-            time.sleep(SEND_EVERY_S)
-
-    def _sample(self) -> None:
-        try:
-            if self._sampler is not None:
-                self.put(self._sampler.due())
-        except Exception as error:  # drivers of all kinds; not worth a run
-            self._warn(f"system metrics stop here: {error}")
-            self._sampler = None
-
-    def _drain(self) -> bool:
-        """Send until nothing is queued (True) or something has to be sent again (False)."""
-        while self._points or self._calls:
-            with self._lock:
-                batch = [self._points[index] for index in range(min(BATCH_POINTS, len(self._points)))]
-                what, send = self._calls[0] if not batch else self._sending(batch)
-            try:
-                send()
-                self._failures, self._last_success_s = 0, time.monotonic()
-            except Exception as error:
-                if not (isinstance(error, MlflowException) and error.get_http_status_code() == 400):
-                    self._keep(error)
-                    return False
-                self._warn(f"{what} refused for good: {error}")
-                self._lost_points += len(batch)
-            with self._lock:
-                for _ in batch:
-                    self._points.popleft()
-                if not batch:
-                    self._calls.popleft()
-        return True
-
-    def _sending(self, batch: list[Metric]) -> tuple[str, Callable[[], object]]:
-        send = partial(self._client.log_batch, self._run_id, metrics=batch, synchronous=True)
-        return f"{len(batch)} points", send
-
-    def _keep(self, error: Exception) -> None:
-        """After a failure: say it once, bound the memory, let another call go first next time."""
-        if self._failures == 0:
-            self._warn(f"no answer; training goes on, what is logged is kept and sent again. {error}")
-        self._failures += 1
-        with self._lock:
-            while len(self._points) > MAX_BUFFERED_POINTS:
-                self._points.popleft()
-                self._lost_points += 1
-            self._calls.rotate(-1)
+    def _clear(self) -> None:
+        for monitor in self._monitor.monitors:
+            monitor.clear_metrics()
+        self._due_s = time.monotonic() + self._monitor.sampling_interval
