@@ -30,7 +30,7 @@ class Member:
 
 @dataclass(frozen=True)
 class Block:
-    """Rows that are stored, read and checked together: three adjacent members ``<name>.{ids,len,seg}.npy``."""
+    """Rows that are stored, read and checked together: adjacent members ``<name>.{ids,len,seg}.npy``."""
 
     name: str
     rows: int
@@ -88,7 +88,7 @@ class SourceInfo:
 
 @dataclass(frozen=True)
 class Manifest:
-    """All of ``manifest.json`` but the fingerprint. No dates, host names, absolute paths or process counts."""
+    """All of ``manifest.json`` but the fingerprint. No dates, hosts, absolute paths or process counts."""
 
     version: int
     tokenizer: TokenizerInfo
@@ -156,7 +156,7 @@ def read_manifest(root: Path) -> Corpus:
         fields = json.loads(path.read_text(encoding="utf-8"))
     except (FileNotFoundError, NotADirectoryError):
         raise CorpusError(
-            f"{path} does not exist, so {root} is not a corpus; build one with `python launcher/corpus.py build`"
+            f"{path} does not exist, so {root} is no corpus; build one: `python launcher/corpus.py build`"
         ) from None
     except (OSError, ValueError) as error:
         raise CorpusError(

@@ -115,7 +115,8 @@ def rank_slice(step_start: int, global_batch_rows: int, rank: int, world_size: i
         lower = rows_per_rank * world_size
         nearest = ", ".join(str(rows) for rows in (lower, lower + world_size) if rows)
         raise ValueError(
-            f"global_batch_rows={global_batch_rows} is not a multiple of {world_size} ranks; nearest: {nearest}"
+            f"global_batch_rows={global_batch_rows} is not a multiple of {world_size} ranks; "
+            f"nearest: {nearest}"
         )
     start = step_start + rank * rows_per_rank
     return start, start + rows_per_rank

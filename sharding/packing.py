@@ -51,6 +51,9 @@ class Packer:
         self.seq_len, self.block_rows, self.cross_documents = seq_len, block_rows, cross_documents
         self.pad_id, self.cls_id, self.sep_id = pad_id, cls_id, sep_id
         self.dtype = np.dtype(dtype)
+        self._row = 0  # complete rows of the open block
+        self._filled = 0  # tokens in the open row
+        self._segment = 0  # where segment B of the open row begins; 0, the [CLS], while there is none
         self._start_block()
 
     def add(self, document: NDArray[np.integer]) -> Iterator[Rows]:
@@ -104,6 +107,4 @@ class Packer:
         self._ids = np.full((self.block_rows, self.seq_len), self.pad_id, dtype=self.dtype)
         self._lengths = np.zeros(self.block_rows, dtype=np.uint16)
         self._segments = np.zeros(self.block_rows, dtype=np.uint16)
-        self._row = 0  # complete rows of this block
-        self._filled = 0  # tokens in the open row
-        self._segment = 0  # where segment B of the open row begins; 0, the [CLS], while there is none
+        self._row = 0

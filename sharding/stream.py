@@ -119,7 +119,7 @@ def read_block(path: str, block: Block, corpus: str) -> Rows:
 
 
 def _way_out(corpus: str) -> str:
-    return f"`python launcher/corpus.py verify {corpus}` lists all damage; copy the shard again or rebuild, then resume"
+    return f"copy the shard again or rebuild; `python launcher/corpus.py verify {corpus}` lists all damage"
 
 
 class _Steps(Dataset["Batch | CorpusError"]):

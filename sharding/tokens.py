@@ -31,13 +31,13 @@ def load_tokenizer(name: str, revision: str | None) -> "PreTrainedTokenizerFast"
         tokenizer = AutoTokenizer.from_pretrained(name, revision=revision)
     except (OSError, ValueError) as error:
         raise CorpusError(
-            f"tokenizer={name} cannot be loaded: {_first_line(error)}; give a hub name or a folder that holds "
-            "tokenizer.json (or vocab.txt) and tokenizer_config.json"
+            f"tokenizer={name} cannot be loaded: {_first_line(error)}; give a hub name or a folder "
+            "that holds tokenizer.json (or vocab.txt) and tokenizer_config.json"
         ) from error
     if not isinstance(tokenizer, PreTrainedTokenizerFast):
         raise CorpusError(
             f"tokenizer={name} is not a fast tokenizer ({type(tokenizer).__name__}); "
-            "save it as tokenizer.json, for instance with `AutoTokenizer.from_pretrained(...).save_pretrained(...)`"
+            "give one that has a tokenizer.json"
         )
     missing = [token for token in ("cls", "sep", "pad") if getattr(tokenizer, f"{token}_token_id") is None]
     if missing:
@@ -76,9 +76,9 @@ def check_tokenizer(manifest: Manifest, tokenizer: "PreTrainedTokenizerFast") ->
     found, expected = tokenizer_sha256(tokenizer), manifest.tokenizer
     if found != expected.sha256:
         raise CorpusError(
-            f"the corpus was built with tokenizer {expected.name} ({expected.vocab_size} tokens, sha256 "
-            f"{expected.sha256[:12]}...), the teacher's is {tokenizer.name_or_path} ({len(tokenizer)} tokens, "
-            f"sha256 {found[:12]}...): its ids would mean other words; build a corpus with the teacher's tokenizer"
+            f"the corpus was built with tokenizer {expected.name} ({expected.vocab_size} tokens, "
+            f"sha256 {expected.sha256[:12]}...), the teacher's is {tokenizer.name_or_path} ({len(tokenizer)} "
+            f"tokens, sha256 {found[:12]}...): ids would change meaning; build a corpus with the teacher's"
         )
 
 
@@ -105,12 +105,12 @@ class Encoder:
         Raises: CorpusError if the tokenizer makes a special token of plain text all the same.
         """
         encodings = self._tokenizer.encode_batch_fast(list(texts), add_special_tokens=False)
-        documents = [np.array(encoding.ids, dtype=self._dtype) for encoding in encodings]
+        documents: list[NDArray[np.integer]] = [np.array(encoding.ids, self._dtype) for encoding in encodings]
         for text, ids in zip(texts, documents, strict=True):
             if np.isin(ids, self._special_ids).any():
                 raise CorpusError(
-                    f"the tokenizer turns the plain text of the document {text[:60]!r}... into its cls, sep or pad "
-                    "token, so that rows could not be told apart; use another tokenizer or remove that text"
+                    f"the tokenizer turns plain text into its cls, sep or pad token (document "
+                    f"{text[:60]!r}...), so rows could not be told apart; use another tokenizer"
                 )
         return documents
 
