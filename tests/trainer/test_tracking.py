@@ -1,0 +1,306 @@
+"""Tracking against real stores: an SQLite file, and a real ``mlflow server`` that is killed and restarted."""
+
+import json
+import logging
+import math
+import os
+import signal
+import socket
+import subprocess
+import sys
+import time
+import urllib.request
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+from mlflow import MlflowClient
+
+from configs.schema import Precision
+from trainer import outbox, tracking
+from trainer.tracking import Run, TrackingError, flatten, resolve_uri
+
+
+@pytest.fixture(autouse=True)
+def _environment(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("MLFLOW_TRACKING_URI", raising=False)
+    monkeypatch.setattr(outbox, "SEND_EVERY_S", 0.2)
+
+
+class Server:
+    """``mlflow server`` on a free loopback port, in a process group of its own."""
+
+    def __init__(self, folder: Path) -> None:
+        self._folder = folder
+        with socket.socket() as probe:
+            probe.bind(("127.0.0.1", 0))
+            self._port = probe.getsockname()[1]
+        self.uri = f"http://127.0.0.1:{self._port}"
+        self._process: subprocess.Popen[bytes] | None = None
+
+    def start(self) -> None:
+        command = [sys.executable, "-m", "mlflow", "server", "--host", "127.0.0.1", "--port", str(self._port)]
+        command += ["--backend-store-uri", f"sqlite:///{self._folder}/server.db", "--workers", "1"]
+        command += ["--artifacts-destination", str(self._folder / "artifacts")]
+        environment = {**os.environ, "MLFLOW_SERVER_ENABLE_JOB_EXECUTION": "false"}
+        with (self._folder / "server.log").open("ab") as log:
+            self._process = subprocess.Popen(
+                command, cwd=self._folder, env=environment, stdout=log, stderr=log, start_new_session=True
+            )
+        wait_for(self._answers, "the server to answer")
+
+    def _answers(self) -> bool:
+        assert self._process is not None and self._process.poll() is None, "the server ended"
+        try:
+            return urllib.request.urlopen(f"{self.uri}/health", timeout=5).status == 200
+        except OSError:
+            return False
+
+    def kill(self) -> None:
+        if self._process is not None:
+            os.killpg(self._process.pid, signal.SIGKILL)
+            self._process.wait()
+            self._process = None
+
+
+def wait_for(holds: Callable[[], bool], what: str) -> None:
+    deadline = time.monotonic() + 120  # against a hang, not a measurement
+    while not holds():
+        assert time.monotonic() < deadline, f"waited in vain for {what}"
+        time.sleep(0.1)
+
+
+@pytest.fixture(scope="module")
+def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
+    server = Server(tmp_path_factory.mktemp("server"))
+    server.start()
+    yield server
+    server.kill()
+
+
+@pytest.fixture(params=["sqlite", "server"])
+def uri(request: pytest.FixtureRequest, tmp_path: Path) -> str:
+    if request.param == "server":
+        return str(request.getfixturevalue("server").uri)
+    return f"sqlite:///{tmp_path}/store/mlflow.db"
+
+
+def start(uri: str | None, folder: Path, **changes: Any) -> Run:
+    settings: dict[str, Any] = {"experiment": "distillation", "name": "run", "params": {}, "tags": {}}
+    return Run.start(uri=uri, default_folder=folder, **{**settings, **changes})
+
+
+def points(uri: str, run_id: str, key: str) -> list[tuple[int, float]]:
+    """(step, value) of every stored point, in the order of the steps."""
+    history = MlflowClient(uri).get_metric_history(run_id, key)
+    return sorted((metric.step, metric.value) for metric in history)
+
+
+def test_all_that_is_logged_is_read_back(uri: str, tmp_path: Path) -> None:
+    fingerprint = "0123456789abcdef" * 4
+    params = {f"key.{index}": f"value {index}" for index in range(250)}
+    exported = tmp_path / "student"
+    exported.mkdir()
+    (exported / "config.json").write_text("{}")
+
+    parent = start(uri, tmp_path, name="pipeline", params=params, tags={"mlflow.source.git.commit": "abc"})
+    child = start(uri, tmp_path, name="student", parent_run_id=parent.id, description="4x312")
+    for step in range(1, 31):
+        parent.log_metrics({"speed/rows_per_s": step * 10.0}, step)
+        child.log_metrics({"loss/attention/2": 1 / step, "loss/hidden/1": math.nan}, step)
+    parent.log_dataset("wikipedia", fingerprint, "s3://me:secret@host/corpus", {"rows": 7, "tokens": 900})
+    child.log_text("hello", "notes/a.txt")
+    child.log_artifacts(exported, "student")
+    assert child.finish() == 0
+    assert parent.finish("KILLED") == 0
+
+    client = MlflowClient(uri)
+    stored, stored_child = client.get_run(parent.id), client.get_run(child.id)
+    assert stored.data.params == params
+    assert (stored.info.status, stored_child.info.status) == ("KILLED", "FINISHED")
+    assert stored.data.tags["mlflow.source.git.commit"] == "abc"
+    assert stored_child.data.tags["mlflow.parentRunId"] == parent.id
+    assert stored_child.data.tags["mlflow.note.content"] == "4x312"
+    assert points(uri, parent.id, "speed/rows_per_s") == [(step, step * 10.0) for step in range(1, 31)]
+    assert points(uri, child.id, "loss/attention/2") == [(step, 1 / step) for step in range(1, 31)]
+    assert math.isnan(stored_child.data.metrics["loss/hidden/1"])
+    (entry,) = stored.inputs.dataset_inputs
+    assert (entry.dataset.name, entry.dataset.digest) == ("wikipedia", fingerprint[:36])
+    assert json.loads(entry.dataset.profile) == {"rows": 7, "tokens": 900}
+    assert json.loads(entry.dataset.source) == {"uri": "s3://host/corpus"}
+    assert stored.data.tags["corpus.fingerprint"] == fingerprint
+    fetched = Path(client.download_artifacts(child.id, "", str(tmp_path)))
+    assert (fetched / "notes" / "a.txt").read_text() == "hello"
+    assert (fetched / "student" / "config.json").read_text() == "{}"
+
+
+def test_a_resumed_run_shows_replayed_steps_once(uri: str, tmp_path: Path) -> None:
+    run = start(uri, tmp_path, params={"train.steps": 10, "seed": 1})
+    for step in range(11):
+        run.log_metrics({"loss": step / 8}, step)
+    run.log_metrics({"heldout/loss": 5.0}, 5)
+    run.log_dataset("wikipedia", "f" * 64, "corpus", {"rows": 7})
+    run.finish("FAILED")
+
+    again = start(uri, tmp_path, run_id=run.id, params={"train.steps": 20, "seed": 1, "more": 2})
+    for step in range(3, 21):  # from the checkpoint of step 2
+        again.log_metrics({"loss": step / 8}, step)
+        if step % 5 == 0:
+            again.log_metrics({"heldout/loss": float(step)}, step)
+    again.log_dataset("wikipedia", "f" * 64, "corpus", {"rows": 7})
+    assert again.finish() == 0
+
+    stored = MlflowClient(uri).get_run(run.id)
+    assert again.id == run.id and stored.info.status == "FINISHED"
+    assert points(uri, run.id, "loss") == [(step, step / 8) for step in range(21)]
+    assert points(uri, run.id, "heldout/loss") == [(step, float(step)) for step in (5, 10, 15, 20)]
+    assert stored.data.params == {"train.steps": "10", "seed": "1", "more": "2"}
+    assert stored.data.tags["resumed.train.steps"] == "20"
+    assert len(stored.inputs.dataset_inputs) == 1
+
+
+def test_a_killed_server_stops_nothing_and_gets_everything_once(
+    server: Server, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    run = start(server.uri, tmp_path, tags={})
+    with caplog.at_level(logging.WARNING, logger="trainer.outbox"):
+        for step in range(1, 6):
+            run.log_metrics({"loss": 1 / step}, step)
+        wait_for(lambda: len(points(server.uri, run.id, "loss")) == 5, "the first points")
+        server.kill()
+        for step in range(6, 2501):
+            run.log_metrics({"loss": 1 / step}, step)
+        run.log_text("written while the server was down", "late.txt")
+        wait_for(lambda: "no answer" in caplog.text, "the outage to be noticed")
+        server.start()
+    assert run.finish() == 0
+    assert points(server.uri, run.id, "loss") == [(step, 1 / step) for step in range(1, 2501)]
+    artifacts = MlflowClient(server.uri).list_artifacts(run.id)
+    assert [artifact.path for artifact in artifacts] == ["late.txt"]
+
+
+def test_a_server_that_stays_down_costs_the_points_and_says_so(
+    server: Server, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    run = start(server.uri, tmp_path)
+    server.kill()
+    try:
+        run.log_metrics({"loss": 1.0, "speed": 2.0}, 1)
+        with caplog.at_level(logging.WARNING, logger="trainer.outbox"):
+            assert run.finish(wait_s=0.5) == 2
+        assert "2 points were lost; not sent: status FINISHED" in caplog.text
+    finally:
+        server.start()
+
+
+def test_system_metrics_go_on_counting_after_a_resume(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("MLFLOW_SYSTEM_METRICS_SAMPLING_INTERVAL", "0.2")
+    key = "system/system_memory_usage_megabytes"
+    uri, run_id, seen = resolve_uri(None, tmp_path), None, 0
+    for _ in range(2):
+        run = start(uri, tmp_path, run_id=run_id, system_metrics=True)
+        run_id = run.id
+        wait_for(lambda: len(points(uri, run.id, key)) >= seen + 2, "two samples")  # noqa: B023
+        run.finish()
+        seen = len(points(uri, run.id, key))
+    assert [step for step, _ in points(uri, str(run_id), key)] == list(range(seen))
+
+
+@pytest.mark.parametrize(
+    ("uri", "happened"),
+    [
+        ("http://me:secret@127.0.0.1:9", "Connection refused"),
+        ("postgresql://me:secret@127.0.0.1:9/mlflow", "Connection refused"),
+        ("sqlite:////proc/nowhere/mlflow.db", "No such file"),
+        ("./mlruns", "filesystem"),
+        ("localhost:5000", "unsupported URI"),
+    ],
+)
+def test_an_unusable_store_is_an_error_with_the_way_out(uri: str, happened: str, tmp_path: Path) -> None:
+    with pytest.raises(TrackingError, match=r"tracking\.uri=.*tracking\.enabled=false") as caught:
+        start(uri, tmp_path)
+    assert happened in str(caught.value)
+    assert "secret" not in str(caught.value)
+
+
+def test_a_server_that_accepts_and_never_answers_is_an_error(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(tracking, "REACH_S", 0.5)
+    with socket.create_server(("127.0.0.1", 0)) as silent:
+        with pytest.raises(TrackingError, match="timed out"):
+            start(f"http://127.0.0.1:{silent.getsockname()[1]}", tmp_path)
+
+
+def test_a_file_that_is_no_database_is_an_error_and_stays_as_it_was(tmp_path: Path) -> None:
+    file = tmp_path / "notes.txt"
+    file.write_text("not a database, but long enough to be read as one" * 10)
+    before = file.read_bytes()
+    with pytest.raises(TrackingError, match="not a database"):
+        start(f"sqlite:///{file}", tmp_path)
+    assert file.read_bytes() == before
+
+
+def test_resuming_a_run_that_the_store_does_not_hold_is_an_error(tmp_path: Path) -> None:
+    with pytest.raises(TrackingError, match="0123456789abcdef"):
+        start(None, tmp_path, run_id="0123456789abcdef" * 2)
+
+
+def test_the_default_store_keeps_everything_in_its_folder(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    elsewhere = tmp_path / "elsewhere"
+    elsewhere.mkdir()
+    monkeypatch.chdir(elsewhere)
+    folder = tmp_path / "mlflow"
+    run = start(None, folder)
+    run.log_text("hello", "a.txt")
+    run.finish()
+    assert run.url == f"make ui STORE=sqlite:///{folder}/mlflow.db"
+    assert list((folder / "artifacts").rglob("a.txt"))
+    assert not list(elsewhere.iterdir())
+
+
+def test_the_configured_uri_wins_over_the_environment(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", "http://from-environment:5000")
+    assert resolve_uri("http://from-config:5000", tmp_path) == "http://from-config:5000"
+    assert resolve_uri(None, tmp_path) == "http://from-environment:5000"
+
+
+def test_long_params_are_cut_and_kept_whole_beside(tmp_path: Path) -> None:
+    long = "x" * 7000
+    run = start(None, tmp_path, params={"long": long, "short": "y"})
+    run.finish()
+    client = MlflowClient(resolve_uri(None, tmp_path))
+    assert client.get_run(run.id).data.params == {"long": long[:6000], "short": "y"}
+    whole = Path(client.download_artifacts(run.id, "params.json", str(tmp_path)))
+    assert json.loads(whole.read_text()) == {"long": long, "short": "y"}
+
+
+def test_flatten() -> None:
+    config = {
+        "teacher": {"model": "bert", "revision": None, "precision": Precision.bf16},
+        "students": [{"name": "a", "betas": [0.9, 0.999]}, {"name": "b", "overrides": {}}],
+        "deterministic": False,
+        "lr": 1e-4,
+        "odd (key)": 1,
+        "tracking": {"uri": "http://me:secret@host:5000"},
+    }
+    assert flatten(config) == {
+        "teacher.model": "bert",
+        "teacher.revision": "null",
+        "teacher.precision": "bf16",
+        "students.0.name": "a",
+        "students.0.betas": "[0.9, 0.999]",
+        "students.1.name": "b",
+        "students.1.overrides": "{}",
+        "deterministic": "false",
+        "lr": 1e-4,
+        "odd _key_": 1,
+        "tracking.uri": "http://host:5000",
+    }
