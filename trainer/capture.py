@@ -1,8 +1,10 @@
 """Capture: hidden states, queries and keys of an unmodified ``transformers`` encoder.
 
-``transformers`` lets a model run with an attention function registered under a name. Ours hands every call on
-to the stock SDPA function, and inside ``capture`` also keeps the query and key it was given. Neither
-modelling code nor attention matrices are needed. Letters: B rows, S sequence, H heads, D head dim, E hidden dim, L layers.
+``transformers`` lets a model run with an attention function registered under a name. Ours hands every call
+on to the stock SDPA function, and inside ``capture`` also keeps the query and key it was given. No modelling
+code is forked and no attention matrix is formed.
+
+Letters: B rows, S sequence, H heads, D head dim, E hidden dim, L layers.
 """
 
 import inspect
@@ -22,12 +24,12 @@ ATTENTION_NAME = "recorded_sdpa"
 
 @dataclass
 class Captured:
-    """What one forward pass of an encoder of L layers left behind. Entries that were not asked for are None."""
+    """What one forward pass of an encoder of L layers left behind. Entries not asked for are None."""
 
     hidden: list[Tensor | None]
     """1 + L tensors [B, S, E]: the input of the first layer, then every layer's output. The last one is the
-    encoder's final output, after a final normalisation where there is one (ModernBERT). E is the same throughout:
-    where embeddings are narrower than layers (ELECTRA), index 0 is taken after the encoder's own projection."""
+    encoder's final output, after a final normalisation where there is one (ModernBERT). E is the same
+    throughout: where embeddings are narrower (ELECTRA), index 0 comes after the encoder's own projection."""
     queries: list[Tensor | None]
     """L tensors [B, H, S, D] as they enter the scores: after rotary embedding where there is one."""
     keys: list[Tensor | None]
@@ -61,13 +63,13 @@ def _recorded_sdpa(
     if (recording := _recording.get()) is not None:
         if query.shape != key.shape:
             raise ValueError(
-                f"{type(module).__name__} has queries {tuple(query.shape)} but keys {tuple(key.shape)} ([B, H, S, D]); "
-                "only self-attention with as many key heads as query heads can be distilled"
+                f"{type(module).__name__} has queries {tuple(query.shape)} but keys {tuple(key.shape)} "
+                "([B, H, S, D]); only self-attention with as many key heads as query heads can be distilled"
             )
         if kwargs.get("position_bias") is not None:
             raise ValueError(
-                f"{type(module).__name__} adds a position bias to its scores, which queries and keys do not show; "
-                "use an encoder with absolute or rotary positions"
+                f"{type(module).__name__} adds a position bias to its scores, which queries and keys do not "
+                "show; use an encoder with absolute or rotary positions"
             )
         scaling = kwargs.get("scaling")
         recording.add(query, key, query.shape[-1] ** -0.5 if scaling is None else float(scaling))
@@ -86,9 +88,9 @@ def enable_capture(model: PreTrainedModel) -> None:
     model.set_attn_implementation(ATTENTION_NAME)
     if model.config._attn_implementation != ATTENTION_NAME:
         raise ValueError(
-            f"model type {model.config.model_type!r} ({type(model).__name__}) does not route its attention through "
-            "the transformers attention interface, so queries and keys cannot be captured; use an encoder "
-            "that does, such as bert, roberta, distilbert, electra or modernbert"
+            f"model type {model.config.model_type!r} ({type(model).__name__}) does not route its attention "
+            "through the transformers attention interface, so queries and keys cannot be captured; use an "
+            "encoder that does, such as bert, roberta, distilbert, electra or modernbert"
         )
 
 
@@ -103,10 +105,10 @@ def capture(
 ) -> Captured:
     """Run an encoder and return what it computed on the way.
 
-    model: an encoder given to ``enable_capture``, or a wrapper around it (its ``module`` attribute) that hands
-        keyword arguments on. The wrapper itself is called, so its hooks run.
-    ids_BS: integer token ids. mask_BS: true or 1 for valid tokens. token_type_BS: segment ids, which are passed on only to
-        an encoder with more than one token type.
+    model: an encoder given to ``enable_capture``, or a wrapper around it (its ``module`` attribute) that
+        hands keyword arguments on. The wrapper itself is called, so its hooks run.
+    ids_BS: integer token ids. mask_BS: true or 1 for valid tokens.
+    token_type_BS: segment ids; passed on only to an encoder with more than one token type.
     layers: 1-based layers whose queries and keys are kept; None keeps all.
     hidden: indices of the hidden states that are kept, 0 for the embeddings; None keeps all.
 
@@ -137,7 +139,7 @@ def capture(
 def check_supported(model: nn.Module) -> None:
     """Prove on a row of two tokens that ``capture`` works for this model, before a long job relies on it.
 
-    Runs in evaluation mode, so that no random number is drawn. Collective wherever the model's forward pass is.
+    In evaluation mode, so that no random number is drawn. Collective wherever the model's forward pass is.
     Raises ValueError as ``capture`` does.
     """
     encoder, was_training = _encoder(model), model.training
@@ -168,12 +170,13 @@ def _check(captured: Captured, encoder: PreTrainedModel) -> None:
     calls, states, layers = len(captured.scalings), len(captured.hidden), encoder.config.num_hidden_layers
     if calls != layers or states != layers + 1:
         raise ValueError(
-            f"model type {encoder.config.model_type!r}: captured {calls} attention calls and {states} hidden states from "
-            f"{layers} layers; expected one call a layer and one state more. Was enable_capture called?"
+            f"model type {encoder.config.model_type!r}: captured {calls} attention calls and {states} hidden "
+            f"states from {layers} layers; expected one call a layer and one state more. "
+            "Was enable_capture called?"
         )
     for entering, query in zip(captured.hidden, captured.queries, strict=False):
         if entering is not None and query is not None and entering.requires_grad > query.requires_grad:
             raise ValueError(
-                "queries are cut off from the gradient: enable gradient checkpointing with "
-                'gradient_checkpointing_kwargs={"use_reentrant": False}'
+                "queries are cut off from the gradient, as reentrant checkpointing does: checkpoint with "
+                "use_reentrant=False"
             )

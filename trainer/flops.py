@@ -15,18 +15,19 @@ _FEED_FORWARD_MATRICES = {
 
 
 def encoder_forward_flops(config: Any, rows: int, seq_len: int) -> int:
-    """Floating-point operations of one forward pass over ``rows`` rows of ``seq_len`` tokens, padding included.
+    """Floating-point operations of a forward pass over ``rows`` rows of ``seq_len`` tokens, padding included.
 
-    config: a ``transformers`` config of an encoder. Counted, as 2 operations per multiply-add: all matrix products of
-    the layers (projections of query, key, value and output, feed-forward, Q K' and its product with V, full
-    also where a layer's window is narrower) and of ELECTRA's embedding projection. Not counted: embedding look-ups,
-    element-wise work, the pooler. A backward pass costs twice a forward pass.
+    config: a ``transformers`` config of an encoder. Counted, as 2 operations per multiply-add: all matrix
+    products of the layers (projections of query, key, value and output, feed-forward, Q K' and its product
+    with V, full also where a layer's window is narrower) and ELECTRA's embedding projection. Not counted:
+    embedding look-ups, element-wise work, the pooler. A backward pass costs twice a forward pass.
 
     Raises ValueError for a model type whose shape is not known here.
     """
     if config.model_type not in _FEED_FORWARD_MATRICES:
         raise ValueError(
-            f"model type {config.model_type!r} has no operation count; known: {', '.join(_FEED_FORWARD_MATRICES)}"
+            f"model type {config.model_type!r} has no operation count; "
+            f"known: {', '.join(_FEED_FORWARD_MATRICES)}"
         )
     hidden = config.hidden_size
     intermediate = config.hidden_dim if config.model_type == "distilbert" else config.intermediate_size

@@ -2,7 +2,7 @@
 
 Layers are 1-based. For a student of M layers and a teacher of N layers a map is (g(1), ..., g(M)) with
 1 <= g(m) <= N. The embeddings are layer 0 of both and always map to each other, g(0) = 0.
-Source: Jiao et al. 2019, arXiv:1909.10351, sections 3.1 (definition) and 4.4 (uniform, last and first layers).
+Source: Jiao et al. 2019, arXiv:1909.10351, sections 3.1 and 4.4.
 """
 
 from collections.abc import Sequence
@@ -31,7 +31,8 @@ def resolve(spec: str | Sequence[int], student_layers: int, teacher_layers: int)
     if spec == "skip":
         if 2 * student_layers - 1 > teacher_layers:
             raise ValueError(
-                f"layer_map=skip needs 2 M - 1 <= N; got {depths}: use at most {-(-teacher_layers // 2)} layers"
+                f"layer_map=skip needs 2 M - 1 <= N; got {depths}: use at most {(teacher_layers + 1) // 2} "
+                "student layers, or give an explicit list"
             )
         return tuple(2 * m - 1 for m in layers)
     if isinstance(spec, str):
@@ -45,7 +46,8 @@ def _explicit(layer_map: tuple[int, ...], student_layers: int, teacher_layers: i
         raise ValueError(f"{shown} must hold integers only: one teacher layer per student layer")
     if len(layer_map) != student_layers:
         raise ValueError(
-            f"{shown} has {len(layer_map)} entries, but the student has {student_layers} layers: give one per layer"
+            f"{shown} has {len(layer_map)} entries, but the student has {student_layers} layers: "
+            "give one per layer"
         )
     if outside := [g for g in layer_map if not 1 <= g <= teacher_layers]:
         raise ValueError(f"{shown} names teacher layers {outside}, but they run from 1 to {teacher_layers}")

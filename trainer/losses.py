@@ -1,11 +1,11 @@
-"""The losses of the method (DESIGN, section 2). Every loss is a SUM over valid elements; the caller divides by global counts.
+"""The losses of the method, as sums over valid elements; the caller divides by global counts.
 
-Sums, not means: rows, padding and micro batches differ between ranks, and only a sum over everything divided by one
-global count leaves loss and gradient independent of how rows are spread. Sums are float32 whatever the inputs are
-(float64 for float64 inputs), also under autocast.
+Sums, not means: rows, padding and micro batches differ between ranks, and only a sum over everything divided
+by one global count leaves loss and gradient independent of how rows are spread. Sums are float32 whatever the
+inputs are (float64 for float64 inputs), also under autocast.
 
-Letters: B rows, S sequence, H heads, R relation heads, D head dim, E hidden dim. ``mask_BS`` is true (or 1) for
-valid tokens. Source: Jiao et al. 2019, arXiv:1909.10351, equations 7 to 11.
+Letters: B rows, S sequence, H heads, R relation heads, D head dim, E hidden dim. ``mask_BS`` is true (or 1)
+for valid tokens. docs/method.md has the maths. Source: Jiao et al. 2019, arXiv:1909.10351, section 3.1.
 """
 
 import math
@@ -22,7 +22,7 @@ from trainer.capture import Captured
 
 
 def squared_error_sum(student_BSE: Tensor, teacher_BSE: Tensor, mask_BS: Tensor) -> Tensor:
-    """sum over valid tokens and features of (student - teacher)^2; its element count is tokens * E. Scalar."""
+    """Sum over valid tokens and features of (student - teacher)^2: a scalar. Its count is tokens * E."""
     error_BSE = _widen(student_BSE) - _widen(teacher_BSE)
     return error_BSE.masked_fill(~mask_BS.bool().unsqueeze(-1), 0).square().sum()
 
@@ -30,10 +30,10 @@ def squared_error_sum(student_BSE: Tensor, teacher_BSE: Tensor, mask_BS: Tensor)
 def soft_cross_entropy_sum(
     student_logits: Tensor, teacher_logits: Tensor, temperature: float, mask: Tensor | None = None
 ) -> Tensor:
-    """- sum of softmax(teacher / t) * log_softmax(student / t), over classes and valid rows; its count is valid rows.
+    """Sum over valid rows and classes of -softmax(teacher / t) log_softmax(student / t): a scalar.
 
-    Logits, not probabilities: [..., classes]; mask: [...], all rows when None. No factor t^2 and no division by
-    the number of classes. Scalar.
+    Logits, not probabilities: [..., classes]; mask: [...], all rows valid when None. Its count is valid rows:
+    no division by the number of classes, and no factor t^2.
     """
     target = torch.softmax(_widen(teacher_logits) / temperature, dim=-1)
     log_student = torch.log_softmax(_widen(student_logits) / temperature, dim=-1)
@@ -59,20 +59,28 @@ def relation_heads(student_heads: int, teacher_heads: int, requested: int | None
         return requested
     if common == 1 < min(student_heads, teacher_heads):
         raise ValueError(
-            f"no common divisor of the head counts ({shown}) but 1: change the student's heads, or set relation_heads=1 "
-            "to compare the sum of all heads"
+            f"the head counts have no common divisor but 1 ({shown}): change the student's heads, or set "
+            "relation_heads=1 to compare the sum of all heads"
         )
     return common
 
 
 def group_heads(x_BHSD: Tensor, relation_heads: int) -> Tensor:
-    """[B, H, S, D] -> [B, R, S, (H / R) D]: each relation head is the concatenation of H / R consecutive heads.
+    """[B, H, S, D] -> [B, R, S, g D]: every relation head concatenates g = H / R consecutive heads.
 
-    So the raw score of a relation head is the sum of its heads' raw scores, q k' = sum_i q_i k_i'.
+    So its raw score is the sum of theirs, q k' = sum_i q_i k_i'. See ``relation_scaling``.
     """
     if x_BHSD.shape[1] == relation_heads:
         return x_BHSD
     return x_BHSD.unflatten(1, (relation_heads, -1)).transpose(2, 3).flatten(3)
+
+
+def relation_scaling(scaling: float, heads: int, relation_heads: int) -> float:
+    """Scaling / sqrt(g) for g = H / R heads in a relation head: 1 / sqrt(D) becomes 1 / sqrt(g D).
+
+    A sum of g independent scores has g times their variance: this keeps the scale the same for any g.
+    """
+    return scaling / math.sqrt(heads / relation_heads)
 
 
 def attention_error_sum(
@@ -85,20 +93,19 @@ def attention_error_sum(
     mask_BS: Tensor,
     method: str = "auto",
 ) -> Tensor:
-    """sum over rows, heads and pairs of valid tokens of (A_S - A_T)^2, with A = Q K' * scaling. Scalar.
+    """Sum over rows, heads and pairs of valid tokens of (A_S - A_T)^2, with A = Q K' * scaling: a scalar.
 
-    Queries and keys: [B, R, S, D], where D may differ between student (_S) and teacher (_T). The element count is R times
-    the sum of squared row lengths. The teacher's tensors get no gradient. Scaled queries and keys are set side by side,
+    Queries and keys: [B, R, S, D]; D may differ between student (_S) and teacher (_T). The count is R times
+    the sum of squared row lengths. The teacher's tensors get no gradient. With padded rows zero, side by side
 
-        U = [scaling_S Q_S, scaling_T Q_T],  V = [K_S, -K_T]      so that      A_S - A_T = U V'
+        U = [scaling_S Q_S, scaling_T Q_T],   V = [K_S, -K_T],   so that   A_S - A_T = U V',
 
-    with padded rows zero, and the sum is one of
+    the sum is one of two equal expressions, computed in float32 without TF32 (float64 for float64 inputs):
 
-        ``direct``   || U V' ||_F^2        the S x S errors, formed and summed
-        ``gram``     < U'U, V'V >          two matrices of D_S + D_T squared; nothing of size S x S exists
+        ``direct``  || U V' ||_F^2    forms the S x S errors of every head
+        ``gram``    < U'U, V'V >      forms two matrices of (D_S + D_T)^2 and nothing of S x S
 
-    They are equal; multiplied out, the second is the three-term form of DESIGN. ``auto`` takes the cheaper one:
-    ``gram`` from S > D_S + D_T on. Both compute in float32 without TF32 (float64 for float64 inputs).
+    ``auto`` is ``gram`` where S > D_S + D_T, that is where the errors would be larger than U and V.
     """
     if method == "auto":
         method = "gram" if q_S.shape[2] > q_S.shape[3] + q_T.shape[3] else "direct"
@@ -110,11 +117,12 @@ def attention_error_sum(
 
 
 class _ScoreError(torch.autograd.Function):
-    """||Qs Ks' - Qt Kt'||^2. The gradient of a scalar is known in the forward pass up to a factor, so it is formed there:
+    """|| Q_S K_S' - Q_T K_T' ||_F^2 summed over rows and heads, with its gradient
 
-        dQs = 2 (U V') Ks = 2 U (V'V)[:, :D_S]        dKs = 2 (U V')' Qs = 2 V (U'U)[:, :D_S]
+        dQ_S = 2 (U V') K_S = 2 U (V'V)[:, :D_S]        dK_S = 2 (U V')' Q_S = 2 V (U'U)[:, :D_S].
 
-    and the graph keeps two tensors of the student's size, nothing of the teacher's and nothing of S x S.
+    A scalar's gradient is known up to a factor, so it is formed in the forward pass: what waits for the
+    backward pass is two tensors of the student's size, nothing of the teacher's and nothing of S x S.
     """
 
     @staticmethod
@@ -143,14 +151,18 @@ class _ScoreError(torch.autograd.Function):
 
 @contextmanager
 def _exact_products(device_type: str) -> Iterator[None]:
-    """Matrix products at the precision of their operands: no autocast, no TF32 or bfloat16 inside float32 products."""
-    precision = torch.get_float32_matmul_precision()
-    torch.set_float32_matmul_precision("highest")
+    """Products at the precision of their operands: no autocast, no TF32 or bfloat16 inside float32."""
+    mkldnn: Any = torch.backends.mkldnn
+    backends = (torch.backends.cuda.matmul, mkldnn.matmul)
+    before = [backend.fp32_precision for backend in backends]
     try:
+        for backend in backends:
+            backend.fp32_precision = "ieee"
         with torch.autocast(device_type, enabled=False):
             yield
     finally:
-        torch.set_float32_matmul_precision(precision)
+        for backend, precision in zip(backends, before, strict=True):
+            backend.fp32_precision = precision
 
 
 def _widen(x: Tensor) -> Tensor:
@@ -159,7 +171,7 @@ def _widen(x: Tensor) -> Tensor:
 
 @dataclass(frozen=True)
 class Transfer:
-    """What one student learns from the teacher. Made once. Terms and layers of weight 0 are never computed."""
+    """What one student learns from the teacher. Terms and layers of weight 0 are never computed."""
 
     layer_map: tuple[int, ...]
     """g(1..M), 1-based teacher layers."""
@@ -185,7 +197,7 @@ def weights(transfer: Transfer) -> dict[str, float]:
 
 
 def needed_layers(transfers: Iterable[Transfer]) -> tuple[set[int], set[int]]:
-    """Teacher layers whose hidden states (0 for the embeddings) and whose attention some student learns from."""
+    """Teacher layers that some student learns from: of hidden states (0: embeddings), and of attention."""
     hidden: set[int] = set()
     attention: set[int] = set()
     for transfer in transfers:
@@ -218,11 +230,9 @@ def _hidden_key(m: int) -> str:
 
 
 def _relation(captured: Captured, layer: int, relation_heads: int) -> tuple[Tensor, Tensor, float]:
-    """Grouped queries and keys of a 1-based layer, and their scaling: g heads in one have variance g times one head's,
-    so the scaling is divided by sqrt(g); 1 / sqrt(D) becomes 1 / sqrt(g D)."""
+    """Grouped queries and keys of a 1-based layer, and the scaling of their scores."""
     query, key = _kept(captured.queries[layer - 1]), _kept(captured.keys[layer - 1])
-    heads_per_relation = query.shape[1] // relation_heads
-    scaling = captured.scalings[layer - 1] / math.sqrt(heads_per_relation)
+    scaling = relation_scaling(captured.scalings[layer - 1], query.shape[1], relation_heads)
     return group_heads(query, relation_heads), group_heads(key, relation_heads), scaling
 
 
@@ -232,7 +242,7 @@ def _kept(x: Tensor | None) -> Tensor:
 
 
 def valid_counts(length_B: Tensor) -> Tensor:
-    """[tokens, pairs], int64: the sum of row lengths and of their squares. Counts add up over ranks and micro batches."""
+    """[tokens, pairs], int64: sums of row lengths and of their squares; they add up over ranks, batches."""
     length_B = length_B.long()
     return torch.stack((length_B.sum(), length_B.square().sum()))
 

@@ -13,11 +13,11 @@ def lr_multiplier(step: int, total_steps: int, warmup: float, decay: str, min_lr
 
     With T = total_steps and r = min_lr_ratio:
 
-        warm-up, step < W:    (step + 1) / W             the first step already learns; step W - 1 has factor 1
-        decay, step >= W:     x = (step - W) / (T - W)   from 0 to 1 - 1 / (T - W): the last step still learns
-            linear            r + (1 - r) (1 - x)
-            cosine            r + (1 - r) (1 + cos(pi x)) / 2
-            constant          1
+        warm-up, step < W:  (step + 1) / W            the first step already learns; step W - 1 has factor 1
+        decay, step >= W:   x = (step - W) / (T - W)  from 0 to 1 - 1 / (T - W): the last step still learns
+            linear          r + (1 - r) (1 - x)
+            cosine          r + (1 - r) (1 + cos(pi x)) / 2
+            constant        1
 
     Raises ValueError for an unknown decay or numbers out of range.
     """
