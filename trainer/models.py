@@ -1,0 +1,306 @@
+"""Teacher and students: ordinary ``transformers`` encoders, and what a student adds for training.
+
+Letters: B rows, S sequence, E hidden dim, M student layers, N teacher layers.
+"""
+
+import hashlib
+import inspect
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import AutoConfig, AutoModel, AutoTokenizer, PreTrainedConfig, PreTrainedModel
+from transformers.models.auto.modeling_auto import MODEL_MAPPING
+from transformers.utils import cached_file
+
+from configs.schema import Precision, Projection, StudentConfig, TeacherConfig
+from sharding.stream import Batch
+from trainer.capture import capture, enable_capture
+from trainer.layer_map import resolve
+from trainer.losses import Transfer, relation_heads
+
+DTYPES = {Precision.fp32: torch.float32, Precision.bf16: torch.bfloat16, Precision.fp16: torch.float16}
+
+
+@dataclass(frozen=True)
+class Inputs:
+    """One micro batch on the device, as an encoder takes it."""
+
+    ids_BS: Tensor  # int64
+    mask_BS: Tensor  # bool, True where the token is valid
+    token_type_BS: Tensor  # int64, 1 from segment B on
+
+    @classmethod
+    def of(cls, batch: Batch, rows: slice, device: torch.device) -> "Inputs":
+        """Return ``rows`` of a batch on ``device``."""
+        ids_BS = batch.ids_BS[rows].to(device, non_blocking=True)
+        length_B1 = batch.length_B[rows, None].to(device, non_blocking=True)
+        segment_B1 = batch.segment_B[rows, None].to(device, non_blocking=True)
+        index_S = torch.arange(ids_BS.shape[1], device=device)
+        mask_BS = index_S < length_B1
+        return cls(ids_BS, mask_BS, ((index_S >= segment_B1) & mask_BS).long())
+
+
+class Student(nn.Module):
+    """An encoder and the projections that carry its hidden states to the teacher's width.
+
+    The projections learn with the encoder and stay behind when it is exported.
+    """
+
+    def __init__(self, encoder: PreTrainedModel, teacher_hidden_size: int, projection: Projection) -> None:
+        super().__init__()
+        self.encoder = encoder
+        layers, hidden_size = encoder.config.num_hidden_layers, encoder.config.hidden_size
+        self.projection_of_layer = {  # index of the projection for layers 0 (embeddings), 1, ..., M
+            Projection.shared: [0] * (layers + 1),
+            Projection.separate: [0] + [1] * layers,
+            Projection.per_layer: list(range(layers + 1)),
+        }[projection]
+        self.projections = nn.ModuleList(
+            nn.Linear(hidden_size, teacher_hidden_size, bias=False)
+            for _ in range(max(self.projection_of_layer) + 1)
+        )
+        for module in self.projections:
+            nn.init.normal_(module.weight, std=encoder.config.initializer_range)
+
+    def forward(self, ids_BS: Tensor, mask_BS: Tensor, token_type_BS: Tensor) -> dict[str, list]:
+        """Return the fields of the encoder's ``Captured``, hidden states projected to the teacher's width.
+
+        A plain dict, because wrappers (DeepSpeed, DistributedDataParallel) hook the tensors that they find
+        in tuples, lists and dicts; without these hooks DeepSpeed's bf16 optimizer adds gradients up twice.
+        """
+        captured = capture(self.encoder, ids_BS, mask_BS, token_type_BS)
+        projected = [
+            self.projections[index](hidden_BSE)
+            for index, hidden_BSE in zip(self.projection_of_layer, captured.hidden, strict=True)
+        ]
+        return {**vars(captured), "hidden": projected}
+
+
+def load_teacher_config(config: TeacherConfig) -> PreTrainedConfig:
+    """Return the teacher's ``transformers`` config.
+
+    Raises:
+        ValueError: the folder or hub name cannot be read.
+    """
+    try:
+        return AutoConfig.from_pretrained(config.model, revision=config.revision)
+    except (OSError, ValueError) as error:
+        raise ValueError(
+            f"teacher.model={config.model!r} cannot be read as a folder or hub name of a transformers encoder: "
+            f"{error}"
+        ) from error
+
+
+def load_tokenizer(config: TeacherConfig) -> Any:
+    """Return the teacher's fast tokenizer; the students use the same one."""
+    return AutoTokenizer.from_pretrained(config.model, revision=config.revision)
+
+
+def load_teacher(config: TeacherConfig, device: torch.device) -> PreTrainedModel:
+    """Return the teacher in its precision on ``device``: no pooler, evaluation mode, nothing to train.
+
+    Raises:
+        ValueError: the weights file is not the one that ``teacher.sha256`` names, or the encoder's
+            attention cannot be captured.
+    """
+    if config.sha256 is not None:
+        _check_sha256(config)
+    hf_config = load_teacher_config(config)
+    teacher = AutoModel.from_pretrained(
+        config.model, revision=config.revision, dtype=DTYPES[config.precision], **_no_pooler(hf_config)
+    )
+    enable_capture(teacher)
+    return teacher.to(device).eval().requires_grad_(False)
+
+
+def check_students(students: Sequence[StudentConfig], teacher: PreTrainedConfig, seq_len: int) -> list[str]:
+    """Return every reason why these students cannot learn from this teacher on rows of ``seq_len``."""
+    problems = []
+    positions = teacher.max_position_embeddings - _position_offset(teacher)
+    if seq_len > positions:
+        problems.append(f"the corpus has rows of {seq_len} tokens, the teacher takes {positions}")
+    for index, student in enumerate(students):
+        for make in (transfer, student_hf_config, _check_init):
+            try:
+                make(student, teacher)
+            except ValueError as error:
+                problems.append(f"students.{index} ({student.name}): {error}")
+    return problems
+
+
+def transfer(student: StudentConfig, teacher: PreTrainedConfig) -> Transfer:
+    """Return what the student learns from which teacher layer, resolved.
+
+    Raises:
+        ValueError: a layer map out of range, head counts that cannot be mapped.
+    """
+    layer_map = resolve(student.layer_map, student.layers, teacher.num_hidden_layers)
+    losses = student.losses
+    return Transfer(
+        layer_map=layer_map,
+        relation_heads=relation_heads(student.heads, teacher.num_attention_heads, losses.relation_heads),
+        embedding=losses.embedding,
+        hidden=losses.hidden,
+        attention=losses.attention,
+        layers=tuple(losses.layers or [1.0] * student.layers),
+    )
+
+
+def student_hf_config(student: StudentConfig, teacher: PreTrainedConfig) -> PreTrainedConfig:
+    """Return the student's ``transformers`` config: the teacher's, with the student's shape.
+
+    Of the teacher's own settings those that belong to its depth (lists with an entry per layer) are left
+    to the architecture's defaults. A student of another architecture takes over the vocabulary, the
+    special tokens and the number of positions only.
+
+    Raises:
+        ValueError: an unknown architecture or an override that the architecture does not know.
+    """
+    architecture = student.architecture or teacher.model_type
+    shared = {"vocab_size", "max_position_embeddings", "pad_token_id", "bos_token_id", "eos_token_id"}
+    settings = teacher.to_diff_dict()
+    if architecture == teacher.model_type:
+        shared |= {key for key in settings if not _per_layer(settings[key], teacher.num_hidden_layers)}
+    kept = {key: getattr(teacher, key) for key in shared - _NOT_A_SETTING if hasattr(teacher, key)}
+    try:
+        config = AutoConfig.for_model(architecture, **kept)
+        default = AutoConfig.for_model(architecture)
+    except ValueError as error:
+        raise ValueError(f"architecture={architecture!r} is not one that transformers knows") from error
+    unknown = [key for key in student.overrides if not hasattr(default, key)]
+    if unknown:
+        raise ValueError(f"overrides {unknown} are not settings of a {architecture} config")
+    shape = {
+        "num_hidden_layers": student.layers,
+        "hidden_size": student.hidden_size,
+        "num_attention_heads": student.heads,
+        _intermediate_key(config): student.intermediate_size,
+    }
+    if getattr(config, "embedding_size", None) is not None:
+        shape["embedding_size"] = student.hidden_size
+    return AutoConfig.for_model(architecture, **{**kept, **_renamed(config, shape), **student.overrides})
+
+
+def build_student(
+    student: StudentConfig, teacher: PreTrainedModel, teacher_config: PreTrainedConfig, seed: int
+) -> Student:
+    """Return the student with its initial weights in float32 on CPU, ready to capture.
+
+    The weights depend on ``seed`` and the student alone, not on the process or on other students.
+
+    Args:
+        student: its config, checked by ``check_students``.
+        teacher: read when ``student.init`` is ``teacher``.
+        teacher_config: the teacher's config.
+        seed: of the random weights.
+    """
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        config = student_hf_config(student, teacher_config)
+        if student.init in ("random", "teacher"):
+            encoder = AutoModel.from_config(config, dtype=torch.float32, **_no_pooler(config))
+        else:
+            encoder = AutoModel.from_pretrained(student.init, dtype=torch.float32, **_no_pooler(config))
+        module = Student(encoder, teacher_config.hidden_size, student.projection)
+    if student.init == "teacher":
+        copy_layers(encoder, teacher, resolve(student.layer_map, student.layers, teacher_config.num_hidden_layers))
+        for projection in module.projections:
+            nn.init.eye_(projection.weight)
+    enable_capture(encoder)
+    return module
+
+
+def copy_layers(encoder: PreTrainedModel, teacher: PreTrainedModel, layer_map: Sequence[int]) -> None:
+    """Copy the teacher's embeddings, outer norms and layers g(1..M) into an encoder of the same width."""
+    own_layers, teacher_layers = _layers(encoder), _layers(teacher)
+    for own, source in zip(own_layers, layer_map, strict=True):
+        own.load_state_dict(teacher_layers[source - 1].state_dict())
+    inside = {id(value) for value in own_layers.state_dict(keep_vars=True).values()}
+    weights = teacher.state_dict()
+    with torch.no_grad():
+        for name, value in encoder.state_dict(keep_vars=True).items():
+            if id(value) not in inside:
+                value.copy_(weights[name])
+
+
+def parameters(module: nn.Module) -> int:
+    """Return the number of parameters of a module."""
+    return sum(parameter.numel() for parameter in module.parameters())
+
+
+_NOT_A_SETTING = {"model_type", "architectures", "dtype", "torch_dtype", "transformers_version", "_name_or_path"}
+
+
+def _per_layer(value: Any, layers: int) -> bool:
+    return isinstance(value, list | tuple) and len(value) == layers
+
+
+def _intermediate_key(config: PreTrainedConfig) -> str:
+    """DistilBERT calls the width of its feed-forward layers ``hidden_dim``."""
+    return "intermediate_size" if hasattr(config, "intermediate_size") else "hidden_dim"
+
+
+def _renamed(config: PreTrainedConfig, settings: dict[str, Any]) -> dict[str, Any]:
+    """Return settings under the architecture's own names, so that a config takes them at construction."""
+    return {config.attribute_map.get(key, key): value for key, value in settings.items()}
+
+
+def _no_pooler(config: PreTrainedConfig) -> dict[str, bool]:
+    model_class = MODEL_MAPPING[type(config)]
+    has_pooler = "add_pooling_layer" in inspect.signature(model_class.__init__).parameters
+    return {"add_pooling_layer": False} if has_pooler else {}
+
+
+def _position_offset(config: PreTrainedConfig) -> int:
+    """RoBERTa-like encoders number positions from ``pad_token_id + 1``, so that many have no place."""
+    return config.pad_token_id + 1 if config.model_type in ("roberta", "xlm-roberta", "camembert") else 0
+
+
+def _check_init(student: StudentConfig, teacher: PreTrainedConfig) -> None:
+    own = student_hf_config(student, teacher)
+    if student.init == "random":
+        return
+    other = teacher if student.init == "teacher" else AutoConfig.from_pretrained(student.init)
+    keys = ["model_type", "hidden_size", "num_attention_heads", "vocab_size", _intermediate_key(own)]
+    if student.init != "teacher":
+        keys.append("num_hidden_layers")
+    differing = [
+        f"{key} {getattr(own, key, None)} against {getattr(other, key, None)}"
+        for key in keys
+        if getattr(own, key, None) != getattr(other, key, None)
+    ]
+    if differing:
+        raise ValueError(
+            f"init={student.init!r} needs an encoder of the same shape, but: {', '.join(differing)}; "
+            "change the student's sizes or set init=random"
+        )
+
+
+def _layers(encoder: PreTrainedModel) -> nn.ModuleList:
+    """Return the encoder's list of Transformer layers, whatever the architecture calls it."""
+    depth = encoder.config.num_hidden_layers
+    found: Iterator[nn.ModuleList] = (
+        module for module in encoder.modules() if isinstance(module, nn.ModuleList) and len(module) == depth
+    )
+    return next(found)
+
+
+def _check_sha256(config: TeacherConfig) -> None:
+    path = Path(config.model, "model.safetensors")
+    if not path.parent.is_dir():
+        path = Path(str(cached_file(config.model, "model.safetensors", revision=config.revision)))
+    if not path.is_file():
+        raise ValueError(f"teacher.sha256 is set, but {path} does not exist; unset it or name another teacher")
+    with path.open("rb") as file:
+        digest = hashlib.file_digest(file, "sha256").hexdigest() if hasattr(hashlib, "file_digest") else None
+    if digest is None:
+        digest = hashlib.sha256(path.read_bytes()).hexdigest()
+    if digest != config.sha256:
+        raise ValueError(
+            f"teacher.sha256={config.sha256} does not match {path} ({digest}): the file is damaged or another "
+            "model; fetch it again, or correct the checksum"
+        )

@@ -1,0 +1,117 @@
+"""The world: which rank this process is, of how many, on which device, and how the ranks meet."""
+
+import os
+import socket
+from collections.abc import Mapping
+from dataclasses import dataclass
+from datetime import timedelta
+
+import torch
+import torch.distributed as dist
+
+_SLURM = {
+    "RANK": "SLURM_PROCID",
+    "WORLD_SIZE": "SLURM_NTASKS",
+    "LOCAL_RANK": "SLURM_LOCALID",
+    "LOCAL_WORLD_SIZE": "SLURM_NTASKS_PER_NODE",
+}
+
+
+@dataclass(frozen=True)
+class World:
+    """One process's place. ``rank`` is global, ``local_rank`` counts on its host; both from 0."""
+
+    rank: int
+    size: int
+    local_rank: int
+    local_size: int
+    device: torch.device
+
+    @property
+    def is_main(self) -> bool:
+        """True on the one rank that prints, logs and writes."""
+        return self.rank == 0
+
+
+def find(environment: Mapping[str, str]) -> World:
+    """Return the world that a launcher describes in ``environment``.
+
+    ``deepspeed``, ``torchrun`` and ``python -m torch.distributed.run`` set RANK, WORLD_SIZE, LOCAL_RANK and
+    LOCAL_WORLD_SIZE; ``srun`` sets SLURM_PROCID, SLURM_NTASKS, SLURM_LOCALID and SLURM_NTASKS_PER_NODE
+    inside a job step; with none of them the process is alone.
+
+    Raises:
+        ValueError: a rank is set without a size, a value is no number, or there are more local ranks than
+            CUDA devices.
+    """
+    launched = "RANK" in environment or "SLURM_STEP_ID" in environment
+    values = {"RANK": 0, "WORLD_SIZE": 1, "LOCAL_RANK": 0, "LOCAL_WORLD_SIZE": 1} if not launched else {}
+    for name, slurm_name in _SLURM.items() if launched else ():
+        text = environment.get(name, environment.get(slurm_name))
+        if text is None and name == "LOCAL_WORLD_SIZE":
+            text = "1"
+        if text is None or not text.isdigit():
+            raise ValueError(
+                f"environment {name}={text!r} (or {slurm_name}) is not a number; start with deepspeed, torchrun, "
+                "srun, or plain python for a single process"
+            )
+        values[name] = int(text)
+    local_rank, local_size = values["LOCAL_RANK"], values["LOCAL_WORLD_SIZE"]
+    return World(values["RANK"], values["WORLD_SIZE"], local_rank, local_size, _device(local_rank))
+
+
+def connect(world: World, environment: Mapping[str, str], timeout: timedelta) -> None:
+    """Form the process group (collective): NCCL on CUDA, gloo on CPU.
+
+    The meeting point is MASTER_ADDR and MASTER_PORT; a single process needs none.
+    """
+    if world.device.type == "cuda":
+        torch.cuda.set_device(world.device)
+    os.environ.setdefault("LOCAL_RANK", str(world.local_rank))  # DeepSpeed reads it
+    method = "env://"
+    if world.size == 1 and "MASTER_ADDR" not in environment:
+        method = f"tcp://127.0.0.1:{_free_port()}"
+    dist.init_process_group(
+        "nccl" if world.device.type == "cuda" else "gloo",
+        init_method=method,
+        rank=world.rank,
+        world_size=world.size,
+        timeout=timeout,
+    )
+
+
+def total(values: torch.Tensor) -> torch.Tensor:
+    """Return the element-wise sum of ``values`` over all ranks (collective); ``values`` is overwritten."""
+    dist.all_reduce(values)
+    return values
+
+
+def share_cores(world: World, threads: int | None) -> None:
+    """Set this process's CPU threads: ``threads``, else on CPU the host's cores over its local ranks."""
+    if threads is None and world.device.type == "cpu":
+        threads = max(1, len(os.sched_getaffinity(0)) // world.local_size)
+    if threads is not None:
+        torch.set_num_threads(threads)
+
+
+def _device(local_rank: int) -> torch.device:
+    if not torch.cuda.is_available():
+        if os.environ.get("DS_ACCELERATOR") == "cuda":
+            raise ValueError(
+                f"DS_ACCELERATOR=cuda, but torch {torch.__version__} sees no CUDA device on {socket.gethostname()}; "
+                "check the driver (nvidia-smi), or unset DS_ACCELERATOR to run on CPU"
+            )
+        return torch.device("cpu")
+    devices = torch.cuda.device_count()
+    if local_rank >= devices:
+        raise ValueError(
+            f"local rank {local_rank} has no device: {socket.gethostname()} has {devices} CUDA devices; "
+            "start at most one rank per device"
+        )
+    return torch.device("cuda", local_rank)
+
+
+def _free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return int(probe.getsockname()[1])
