@@ -85,41 +85,56 @@ class Reader:
             if len(self._cache) >= self._cache_blocks:
                 self._cache.popitem(last=False)
             shard, block = self.blocks[index]
-            self._cache[index] = read_block(f"{self.root / shard.path}", block, corpus=f"{self.root}")
+            try:
+                self._cache[index] = read_block(f"{self.root / shard.path}", block)
+            except CorpusError as error:
+                raise CorpusError(
+                    f"{error}; `python launcher/corpus.py verify {self.root}` lists all damage: copy those "
+                    "shards again, or build the corpus again, and resume"
+                ) from error
         return self._cache[index]
 
 
-def read_block(path: str, block: Block, corpus: str) -> Rows:
+def read_block(path: str, block: Block) -> Rows:
     """Read one block of the shard at ``path`` and compare its checksums.
 
     Raises: CorpusError naming shard, member and offset.
     """
-    span_start = block.ids.offset
-    span_bytes = block.seg.offset + block.seg.bytes - span_start
-    try:
-        descriptor = os.open(path, os.O_RDONLY)
-        try:
-            data = os.pread(descriptor, span_bytes, span_start)
-        finally:
-            os.close(descriptor)
-    except OSError as error:
-        raise CorpusError(f"shard {path} cannot be read: {error.strerror}; {_way_out(corpus)}") from error
+    first, last = block.ids.offset, block.seg.offset + block.seg.bytes
+    data = _read(path, first, last - first)
 
     def array(kind: str, member: Member) -> NDArray[np.integer]:
-        start = member.offset - span_start
-        content = data[start : start + member.bytes]
-        if len(content) != member.bytes or zlib.crc32(content) != member.crc32:
-            raise CorpusError(
-                f"corrupt shard {path}: member {block.name}.{kind}.npy ({member.bytes} bytes at offset "
-                f"{member.offset}) does not match its checksum; {_way_out(corpus)}"
-            )
-        return np.load(io.BytesIO(content), allow_pickle=False)
+        start = member.offset - first
+        return _checked_array(path, f"{block.name}.{kind}.npy", member, data[start : start + member.bytes])
 
     return array("ids", block.ids), array("len", block.len), array("seg", block.seg)
 
 
-def _way_out(corpus: str) -> str:
-    return f"copy the shard again or rebuild; `python launcher/corpus.py verify {corpus}` lists all damage"
+def read_lengths(path: str, block: Block) -> NDArray[np.integer]:
+    """The row lengths [rows] of one block, without reading its ids. Raises as ``read_block``."""
+    return _checked_array(
+        path, f"{block.name}.len.npy", block.len, _read(path, block.len.offset, block.len.bytes)
+    )
+
+
+def _read(path: str, offset: int, count: int) -> bytes:
+    try:
+        descriptor = os.open(path, os.O_RDONLY)
+        try:
+            return os.pread(descriptor, count, offset)
+        finally:
+            os.close(descriptor)
+    except OSError as error:
+        raise CorpusError(f"shard {path} cannot be read: {error.strerror}") from error
+
+
+def _checked_array(path: str, name: str, member: Member, content: bytes) -> NDArray[np.integer]:
+    if len(content) != member.bytes or zlib.crc32(content) != member.crc32:
+        raise CorpusError(
+            f"corrupt shard {path}: member {name} ({member.bytes} bytes at offset {member.offset}) "
+            "does not match its checksum"
+        )
+    return np.load(io.BytesIO(content), allow_pickle=False)
 
 
 class _Steps(Dataset["Batch | CorpusError"]):

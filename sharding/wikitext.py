@@ -108,7 +108,7 @@ def clean_text(markup: str) -> str:
 
 
 def _sections(page: Wikicode) -> Iterator[tuple[int, str, str]]:
-    """(level, title, body) of the lead, at level 1 without a title, and of each section that is not dropped."""
+    """(level, title, body) of the lead (level 1, no title) and of each section that is not dropped."""
     level, title = 1, ""
     body: list[str] = []
     dropped_level: int | None = None
@@ -133,7 +133,7 @@ def _render(code: Wikicode | None) -> str:
 
 
 def _render_node(node: Node, before: list[str]) -> str:
-    """The text of one node; ``before`` is what was rendered of its siblings. Comments and arguments are none."""
+    """The text of one node (a comment has none); ``before`` is what was rendered of its siblings."""
     if isinstance(node, Text):
         return str(node.value)
     if isinstance(node, HTMLEntity):
