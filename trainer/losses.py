@@ -98,7 +98,7 @@ def attention_error_sum(
     Queries and keys: [B, R, S, D]; D may differ between student (_S) and teacher (_T). The count is R times
     the sum of squared row lengths. The teacher's tensors get no gradient. With padded rows zero, side by side
 
-        U = [scaling_S Q_S, scaling_T Q_T],   V = [K_S, -K_T],   so that   A_S - A_T = U V',
+        U = [a Q_S, b Q_T],   V = [a K_S, -b K_T],   so that   A_S - A_T = U V'   with a^2, b^2 the scalings,
 
     the sum is one of two equal expressions, computed in float32 without TF32 (float64 for float64 inputs):
 
@@ -112,8 +112,9 @@ def attention_error_sum(
     if method not in ("gram", "direct"):
         raise ValueError(f"method={method!r} is none of auto, gram, direct")
     padding_B1S1 = ~mask_BS.bool()[:, None, :, None]
-    queries_and_keys = (_widen(q_S) * scaling_S, _widen(k_S), _widen(q_T) * scaling_T, _widen(k_T))
-    return _ScoreError.apply(*(x.masked_fill(padding_B1S1, 0) for x in queries_and_keys), method)
+    a, b = math.sqrt(scaling_S), math.sqrt(scaling_T)
+    scaled = [_widen(x) * root for x, root in ((q_S, a), (k_S, a), (q_T, b), (k_T, b))]
+    return _ScoreError.apply(*(x.masked_fill(padding_B1S1, 0) for x in scaled), method)
 
 
 class _ScoreError(torch.autograd.Function):
