@@ -53,6 +53,6 @@ RUN export TORCH_CUDA_ARCH_LIST DS_BUILD_FUSED_ADAM DS_BUILD_CPU_ADAM \
 COPY --chown=trainer:trainer . .
 RUN pip install -c constraints.txt -e '.[gpu]'
 
-# tini hands signals on to the launcher (a stopping run saves first) and reaps what it leaves behind.
+# tini hands signals on to the launcher and its ranks, and reaps what they leave behind.
 ENTRYPOINT ["tini", "-g", "--"]
 CMD ["deepspeed", "--help"]
