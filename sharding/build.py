@@ -155,7 +155,7 @@ def _require_documents(config: CorpusConfig, splits: dict[str, Split], shown: "_
     if not sum(split.documents for split in splits.values()):
         raise CorpusError(
             f"source.path={config.source.path} gives an empty corpus: of {shown.read} documents "
-            f"{shown.too_short} are shorter than min_document_chars={config.min_document_chars} once cleaned, "
+            f"{shown.too_short} are shorter than min_document_chars={config.min_document_chars} once clean, "
             f"{len(shown.unparsed)} could not be parsed; check source.kind and source.path, or lower it"
         )
     for name, split in splits.items():

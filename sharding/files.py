@@ -1,0 +1,29 @@
+"""Folders that are there whole or not at all."""
+
+import os
+import shutil
+from pathlib import Path
+
+
+def install_folder(partial: Path, final: Path) -> None:
+    """Give a complete folder its final name, in place of the one that may bear it.
+
+    The old folder steps aside first and goes last: whatever happens in between, one complete folder exists.
+    Both must be on one file system.
+    """
+    aside = final.with_name(f".{final.name}.replaced")
+    shutil.rmtree(aside, ignore_errors=True)
+    if final.exists():
+        final.rename(aside)
+    partial.rename(final)
+    sync(final.parent)
+    shutil.rmtree(aside, ignore_errors=True)
+
+
+def sync(path: Path) -> None:
+    """Flush a file, or a folder's entries, to disk."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
