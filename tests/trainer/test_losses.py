@@ -320,7 +320,9 @@ def test_autocast_and_fast_float32_settings_change_nothing(method):
     try:
         with torch.autocast("cpu", dtype=torch.bfloat16):
             fast = loss_and_gradients(tensors, mask, method)
-        assert torch.get_float32_matmul_precision() == "medium"  # the caller's setting is put back
+        # The caller's settings are put back.
+        assert torch.backends.cuda.matmul.fp32_precision == "tf32"
+        assert torch.backends.mkldnn.matmul.fp32_precision == "bf16"
     finally:
         torch.set_float32_matmul_precision(before)
     assert all(torch.equal(a, b) for a, b in zip(fast, expected, strict=True))
