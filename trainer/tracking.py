@@ -95,7 +95,7 @@ def _public(text: str) -> str:
 
 
 class Run:
-    """One open MLflow run; ``start`` opens it, ``finish`` closes it. Several may be open at once."""
+    """One open MLflow run, for one rank: ``start`` opens it, ``finish`` closes it. Many can be open."""
 
     def __init__(self, client: MlflowClient, uri: str, stored: StoredRun, system_metrics: bool) -> None:
         self.id: str = stored.info.run_id
