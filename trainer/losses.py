@@ -46,7 +46,7 @@ def relation_heads(student_heads: int, teacher_heads: int, requested: int | None
 
     ``requested`` if given; else the common head count; else the greatest common divisor.
     Raises ValueError when ``requested`` does not divide both counts, or when the divisor is 1 although both
-    models have several heads: that would compare one average head, which nobody should get unasked.
+    models have several heads: that would compare the sum of all heads, which nobody should get unasked.
     """
     shown = f"student heads {student_heads}, teacher heads {teacher_heads}"
     common = math.gcd(student_heads, teacher_heads)

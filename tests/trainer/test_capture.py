@@ -82,12 +82,14 @@ def test_recorded_scores_reproduce_eager_attention_probabilities(model_type):
 
 @every_encoder
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_outputs_are_bitwise_those_of_the_stock_model(model_type, dtype):
+@pytest.mark.parametrize("padded", [True, False])  # without padding, transformers passes no mask at all
+def test_outputs_are_bitwise_those_of_the_stock_model(model_type, dtype, padded):
     ids_BS, mask_BS = rows()
+    mask_BS = mask_BS if padded else torch.ones_like(mask_BS)
     stock, ours = build(model_type).to(dtype).eval(), recording(model_type).to(dtype).eval()
     with torch.inference_mode():
         expected = stock(input_ids=ids_BS, attention_mask=mask_BS, output_hidden_states=True)
-        captured = capture(ours, ids_BS, mask_BS)
+        captured = capture(ours, ids_BS, mask_BS.bool())
         outside = ours(input_ids=ids_BS, attention_mask=mask_BS)  # also where nothing is recorded
     assert torch.equal(outside.last_hidden_state, expected.last_hidden_state)
     for layer in range(LAYERS + 1):
