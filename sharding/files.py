@@ -1,5 +1,6 @@
-"""Folders that are there whole or not at all."""
+"""Folders that are there whole or not at all, and what a file holds."""
 
+import hashlib
 import os
 import shutil
 from pathlib import Path
@@ -27,3 +28,12 @@ def sync(path: Path) -> None:
         os.fsync(descriptor)
     finally:
         os.close(descriptor)
+
+
+def sha256(path: Path) -> str:
+    """Return the SHA-256 of a file, in hex."""
+    digest = hashlib.sha256()
+    with path.open("rb") as file:
+        while chunk := file.read(1 << 20):
+            digest.update(chunk)
+    return digest.hexdigest()

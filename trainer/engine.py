@@ -111,15 +111,15 @@ class Engine:
     def backward(self, loss: Tensor) -> None:
         """Add the gradient of this rank's share of the global loss (collective).
 
-        ``loss`` is already divided by global counts, so gradients must be summed over ranks and micro batches.
-        DeepSpeed averages over ranks, which the factor undoes, and is told not to average over micro batches.
+        ``loss`` is already divided by global counts, so gradients must be summed over ranks and micro
+        batches. DeepSpeed averages over ranks, which the factor undoes; over micro batches it is told not to.
         """
         self._engine.backward(loss * self._world.size, scale_wrt_gas=False)
         if not self._engine.is_gradient_accumulation_boundary():
             self._engine.step()  # moves DeepSpeed's micro-batch counter; nothing is updated
 
     def step(self, lr: float) -> StepResult:
-        """Clip and update at rate ``lr``; leave the weights alone when the norm is not finite (collective)."""
+        """Clip and update at rate ``lr``; a norm that is not finite leaves the weights alone (collective)."""
         for group in self._adamw.param_groups:
             group["lr"] = lr
         if self._stage == 0:
@@ -205,7 +205,7 @@ class Engine:
             safe_set_full_fp32_param(parameter, value)
         else:
             # DeepSpeed's setter of whole tensors cannot cut one that does not divide by the ranks.
-            length = parameter.ds_tensor.numel()
+            length = parameter.ds_tensor.numel()  # type: ignore[attr-defined]
             padded = nn.functional.pad(value.flatten(), (0, length * self._world.size - value.numel()))
             own = padded.narrow(0, length * self._world.rank, length)
             if moment:

@@ -3,7 +3,6 @@
 Letters: B rows, S sequence, E hidden dim, M student layers, N teacher layers.
 """
 
-import hashlib
 import inspect
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -15,8 +14,10 @@ from torch import Tensor, nn
 from transformers import AutoConfig, AutoModel, AutoTokenizer, PreTrainedConfig, PreTrainedModel
 from transformers.models.auto.modeling_auto import MODEL_MAPPING
 from transformers.utils import cached_file
+from transformers.utils import logging as hf_logging
 
 from configs.schema import Precision, Projection, StudentConfig, TeacherConfig
+from sharding.files import sha256
 from sharding.stream import Batch
 from trainer.capture import capture, enable_capture
 from trainer.layer_map import resolve
@@ -63,8 +64,8 @@ class Student(nn.Module):
             nn.Linear(hidden_size, teacher_hidden_size, bias=False)
             for _ in range(max(self.projection_of_layer) + 1)
         )
-        for module in self.projections:
-            nn.init.normal_(module.weight, std=encoder.config.initializer_range)
+        for weight in self.projections.parameters():
+            nn.init.normal_(weight, std=encoder.config.initializer_range)
 
     def forward(self, ids_BS: Tensor, mask_BS: Tensor, token_type_BS: Tensor) -> dict[str, list]:
         """Return the fields of the encoder's ``Captured``, hidden states projected to the teacher's width.
@@ -90,8 +91,7 @@ def load_teacher_config(config: TeacherConfig) -> PreTrainedConfig:
         return AutoConfig.from_pretrained(config.model, revision=config.revision)
     except (OSError, ValueError) as error:
         raise ValueError(
-            f"teacher.model={config.model!r} cannot be read as a folder or hub name of a transformers encoder: "
-            f"{error}"
+            f"teacher.model={config.model!r} cannot be read as the folder or hub name of an encoder: {error}"
         ) from error
 
 
@@ -110,8 +110,8 @@ def load_teacher(config: TeacherConfig, device: torch.device) -> PreTrainedModel
     if config.sha256 is not None:
         _check_sha256(config)
     hf_config = load_teacher_config(config)
-    teacher = AutoModel.from_pretrained(
-        config.model, revision=config.revision, dtype=DTYPES[config.precision], **_no_pooler(hf_config)
+    teacher = _from_pretrained(
+        config.model, hf_config, revision=config.revision, dtype=DTYPES[config.precision]
     )
     enable_capture(teacher)
     return teacher.to(device).eval().requires_grad_(False)
@@ -204,12 +204,14 @@ def build_student(
         if student.init in ("random", "teacher"):
             encoder = AutoModel.from_config(config, dtype=torch.float32, **_no_pooler(config))
         else:
-            encoder = AutoModel.from_pretrained(student.init, dtype=torch.float32, **_no_pooler(config))
+            encoder = _from_pretrained(student.init, config, dtype=torch.float32)
         module = Student(encoder, teacher_config.hidden_size, student.projection)
     if student.init == "teacher":
-        copy_layers(encoder, teacher, resolve(student.layer_map, student.layers, teacher_config.num_hidden_layers))
-        for projection in module.projections:
-            nn.init.eye_(projection.weight)
+        copy_layers(
+            encoder, teacher, resolve(student.layer_map, student.layers, teacher_config.num_hidden_layers)
+        )
+        for weight in module.projections.parameters():
+            nn.init.eye_(weight)
     enable_capture(encoder)
     return module
 
@@ -232,7 +234,14 @@ def parameters(module: nn.Module) -> int:
     return sum(parameter.numel() for parameter in module.parameters())
 
 
-_NOT_A_SETTING = {"model_type", "architectures", "dtype", "torch_dtype", "transformers_version", "_name_or_path"}
+_NOT_A_SETTING = {
+    "model_type",
+    "architectures",
+    "dtype",
+    "torch_dtype",
+    "transformers_version",
+    "_name_or_path",
+}
 
 
 def _per_layer(value: Any, layers: int) -> bool:
@@ -250,9 +259,32 @@ def _renamed(config: PreTrainedConfig, settings: dict[str, Any]) -> dict[str, An
 
 
 def _no_pooler(config: PreTrainedConfig) -> dict[str, bool]:
-    model_class = MODEL_MAPPING[type(config)]
-    has_pooler = "add_pooling_layer" in inspect.signature(model_class.__init__).parameters
+    model_class: Any = MODEL_MAPPING[type(config)]
+    has_pooler = "add_pooling_layer" in inspect.signature(model_class).parameters
     return {"add_pooling_layer": False} if has_pooler else {}
+
+
+def _from_pretrained(model: str, config: PreTrainedConfig, **settings: Any) -> PreTrainedModel:
+    """Load an encoder without a pooler, quietly, unless weights are missing.
+
+    Heads in the file that an encoder does not have are left unread; a weight that the file lacks would be
+    random, and nothing should learn from that unknowingly.
+    """
+    verbosity = hf_logging.get_verbosity()
+    hf_logging.set_verbosity_error()
+    hf_logging.disable_progress_bar()
+    try:
+        encoder, report = AutoModel.from_pretrained(
+            model, **settings, **_no_pooler(config), output_loading_info=True
+        )
+    finally:
+        hf_logging.set_verbosity(verbosity)
+    if report["missing_keys"]:
+        raise ValueError(
+            f"{model} lacks {len(report['missing_keys'])} weights of a {config.model_type} encoder, such as "
+            f"{sorted(report['missing_keys'])[0]}; they would be random. Use a complete pretrained encoder"
+        )
+    return encoder
 
 
 def _position_offset(config: PreTrainedConfig) -> int:
@@ -294,13 +326,12 @@ def _check_sha256(config: TeacherConfig) -> None:
     if not path.parent.is_dir():
         path = Path(str(cached_file(config.model, "model.safetensors", revision=config.revision)))
     if not path.is_file():
-        raise ValueError(f"teacher.sha256 is set, but {path} does not exist; unset it or name another teacher")
-    with path.open("rb") as file:
-        digest = hashlib.file_digest(file, "sha256").hexdigest() if hasattr(hashlib, "file_digest") else None
-    if digest is None:
-        digest = hashlib.sha256(path.read_bytes()).hexdigest()
+        raise ValueError(
+            f"teacher.sha256 is set, but {path} does not exist; unset it or name another teacher"
+        )
+    digest = sha256(path)
     if digest != config.sha256:
         raise ValueError(
-            f"teacher.sha256={config.sha256} does not match {path} ({digest}): the file is damaged or another "
-            "model; fetch it again, or correct the checksum"
+            f"teacher.sha256={config.sha256} does not match {path} ({digest}): the file is damaged or "
+            "another model; fetch it again, or correct the checksum"
         )

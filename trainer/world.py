@@ -2,12 +2,15 @@
 
 import os
 import socket
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from datetime import timedelta
+from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
+
+Result = TypeVar("Result")
 
 _SLURM = {
     "RANK": "SLURM_PROCID",
@@ -52,8 +55,8 @@ def find(environment: Mapping[str, str]) -> World:
             text = "1"
         if text is None or not text.isdigit():
             raise ValueError(
-                f"environment {name}={text!r} (or {slurm_name}) is not a number; start with deepspeed, torchrun, "
-                "srun, or plain python for a single process"
+                f"environment {name}={text!r} (or {slurm_name}) is not a number; start with deepspeed, "
+                "torchrun, srun, or plain python for a single process"
             )
         values[name] = int(text)
     local_rank, local_size = values["LOCAL_RANK"], values["LOCAL_WORLD_SIZE"]
@@ -98,8 +101,8 @@ def _device(local_rank: int) -> torch.device:
     if not torch.cuda.is_available():
         if os.environ.get("DS_ACCELERATOR") == "cuda":
             raise ValueError(
-                f"DS_ACCELERATOR=cuda, but torch {torch.__version__} sees no CUDA device on {socket.gethostname()}; "
-                "check the driver (nvidia-smi), or unset DS_ACCELERATOR to run on CPU"
+                f"DS_ACCELERATOR=cuda, but torch {torch.__version__} sees no CUDA device on "
+                f"{socket.gethostname()}; check the driver (nvidia-smi), or unset DS_ACCELERATOR to run on CPU"
             )
         return torch.device("cpu")
     devices = torch.cuda.device_count()
@@ -115,3 +118,22 @@ def _free_port() -> int:
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         return int(probe.getsockname()[1])
+
+
+def on_main(world: World, action: Callable[[], Result]) -> Result:
+    """Run ``action`` on rank 0 and return its result on every rank (collective).
+
+    Its error is raised on rank 0, and the others exit quietly: what one rank meets, such as a full disk or a
+    dead server, ends all of them, with one message.
+    """
+    outcome: list[Any] = [None, None]
+    if world.is_main:
+        try:
+            outcome[0] = action()
+        except (ValueError, OSError) as error:
+            outcome[1] = error
+    if world.size > 1:
+        dist.broadcast_object_list(outcome, src=0)
+    if outcome[1] is not None:
+        raise outcome[1] if world.is_main else SystemExit(2)
+    return outcome[0]

@@ -1,0 +1,194 @@
+"""What a run tells people: lines on rank 0's terminal, MLflow, and small files in the run folder."""
+
+import json
+import logging
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from configs.load import to_dict
+from configs.schema import RunConfig
+from launcher import provenance
+from sharding.manifest import Corpus
+from trainer import checkpoint as checkpoints
+from trainer.checkpoint import Checkpoint, Progress
+from trainer.loop import Run, Trainee
+from trainer.tracking import Run as TrackedRun
+from trainer.tracking import flatten
+from trainer.world import World
+
+log = logging.getLogger("distil")
+
+
+class Tracked:
+    """The MLflow runs of one job: the run itself, and a child per student when there are several."""
+
+    def __init__(self, run: TrackedRun, students: list[TrackedRun]) -> None:
+        self.run = run
+        self.students = students  # one per student; the run itself when there is one student
+
+    @classmethod
+    def start(cls, config: RunConfig, corpus: Corpus, run_ids: Mapping[str, str]) -> "Tracked":
+        """Open or continue the runs; ``run_ids`` are those of a checkpoint, empty for a new job.
+
+        Raises:
+            TrackingError: the store cannot be used.
+        """
+        settings = config.tracking
+        common: dict[str, Any] = {
+            "uri": settings.uri,
+            "default_folder": Path(config.output).parent / "mlflow",
+            "experiment": settings.experiment,
+        }
+        tags = {"mlflow.source.git.commit": provenance.revision(), "stage": "general", **settings.tags}
+        run = TrackedRun.start(
+            **common,
+            name=settings.run_name or config.name,
+            run_id=run_ids.get(""),
+            params=flatten(to_dict(config)),
+            tags=tags,
+            description=f"General distillation of {config.teacher.model} on {config.data.corpus}",
+            system_metrics=settings.system_metrics,
+        )
+        split = corpus.split("train")
+        profile = {"documents": split.documents, "rows": split.rows, "tokens": split.tokens}
+        run.log_dataset(corpus.root.name, corpus.fingerprint, str(corpus.root.resolve()), profile)
+        if len(config.students) == 1:
+            return cls(run, [run])
+        children = [
+            TrackedRun.start(
+                **common,
+                name=student.name,
+                run_id=run_ids.get(student.name),
+                parent_run_id=run.id,
+                params=flatten(to_dict(student)),
+                tags=tags,
+            )
+            for student in config.students
+        ]
+        return cls(run, children)
+
+    def run_ids(self, config: RunConfig) -> dict[str, str]:
+        """Return what a checkpoint keeps to continue these runs."""
+        return {"": self.run.id} | {
+            student.name: child.id for student, child in zip(config.students, self.students, strict=True)
+        }
+
+    def finish(self, status: str) -> None:
+        """Send what is queued and close all runs, children first."""
+        for run in [child for child in self.students if child is not self.run] + [self.run]:
+            lost = run.finish(status)
+            if lost:
+                log.warning("MLflow did not take %d metric points of run %s", lost, run.id)
+
+
+class Reporter:
+    """The loop's listener. Terminal, tracking and files happen on rank 0; saving is collective."""
+
+    def __init__(self, config: RunConfig, world: World, corpus: Corpus, tracked: Tracked | None) -> None:
+        self.config = config
+        self.world = world
+        self.corpus = corpus
+        self.tracked = tracked
+        self.folder = Path(config.output)
+        self.run: Run  # set once it exists
+        self.revision = provenance.revision()
+
+    def logged(
+        self, progress: Progress, speed: Mapping[str, float], students: Sequence[dict[str, float]]
+    ) -> None:
+        """Print one line per student and log everything."""
+        if not self.world.is_main:
+            return
+        for trainee, figures in zip(self.run.trainees, students, strict=True):
+            name = f" {trainee.config.name}" if len(students) > 1 else ""
+            log.info(
+                "step %d/%d%s  loss %.4f (%s)  grad %.2f  lr %.2e  "
+                "%.1f rows/s  %.0f tokens/s  wait %.1f%%  ETA %s",
+                progress.step,
+                self.run.total_steps,
+                name,
+                figures["loss/total"],
+                by_kind(figures, "loss/", trainee),
+                figures["optimizer/grad_norm"],
+                figures["optimizer/lr"],
+                speed["speed/rows_per_s"],
+                speed["speed/tokens_per_s"],
+                100 * speed["data/wait_share"],
+                duration(speed["time/eta_s"]),
+            )
+        if self.tracked is not None:
+            self.tracked.run.log_metrics(speed, progress.step)
+            for child, figures in zip(self.tracked.students, students, strict=True):
+                child.log_metrics(figures, progress.step)
+
+    def evaluated(self, progress: Progress, students: Sequence[dict[str, float]]) -> None:
+        """Print, keep in ``evaluations.jsonl`` and log the held-out losses."""
+        if not self.world.is_main:
+            return
+        for trainee, losses in zip(self.run.trainees, students, strict=True):
+            figures = {f"heldout/{key}": value for key, value in losses.items()}
+            log.info(
+                "step %d/%d %s  held-out loss %.4f (%s)",
+                progress.step,
+                self.run.total_steps,
+                trainee.config.name,
+                losses["total"],
+                by_kind(figures, "heldout/", trainee),
+            )
+            entry = {"step": progress.step, "student": trainee.config.name, "losses": losses}
+            with (self.folder / "evaluations.jsonl").open("a", encoding="utf-8") as file:
+                file.write(json.dumps(entry) + "\n")
+        if self.tracked is not None:
+            for child, losses in zip(self.tracked.students, students, strict=True):
+                child.log_metrics({f"heldout/{key}": value for key, value in losses.items()}, progress.step)
+
+    def save(self, progress: Progress) -> None:
+        """Write a checkpoint (collective). A disk that is full costs this checkpoint, not the run."""
+        states = {trainee.config.name: trainee.engine.state() for trainee in self.run.trainees}
+        if not self.world.is_main:
+            return
+        checkpoint = Checkpoint(
+            progress=progress,
+            students=states,
+            skipped_steps={trainee.config.name: trainee.skipped_steps for trainee in self.run.trainees},
+            fingerprint=self.corpus.fingerprint,
+            config=to_dict(self.config),
+            tracking_run_ids=self.tracked.run_ids(self.config) if self.tracked is not None else {},
+            revision=self.revision,
+            world_size=self.world.size,
+        )
+        try:
+            path = checkpoints.save(self.folder / "checkpoints", checkpoint, self.config.checkpoint.keep_last)
+        except OSError as error:
+            log.warning(
+                "step %d could not be saved under %s: %s. The checkpoints before it are as they were; "
+                "the run goes on. Free space there before it ends",
+                progress.step,
+                self.folder,
+                error,
+            )
+            return
+        log.info("step %d/%d  saved %s", progress.step, self.run.total_steps, path)
+
+
+def by_kind(figures: Mapping[str, float], prefix: str, trainee: Trainee) -> str:
+    """Return ``embedding 0.12 hidden 0.34 attention 0.56``: the mean over layers of every kind of loss."""
+    parts = []
+    for kind in ("embedding", "hidden", "attention"):
+        values = [value for key, value in figures.items() if key.removeprefix(prefix).split("/")[0] == kind]
+        if values:
+            parts.append(f"{kind} {sum(values) / len(values):.4f}")
+    return " ".join(parts)
+
+
+def duration(seconds: float) -> str:
+    """Return seconds as ``2d03h``, ``3h07m``, ``4m05s`` or ``6s``."""
+    minutes, s = divmod(round(seconds), 60)
+    hours, m = divmod(minutes, 60)
+    days, h = divmod(hours, 24)
+    if days:
+        return f"{days}d{h:02d}h"
+    if hours:
+        return f"{h}h{m:02d}m"
+    return f"{m}m{s:02d}s" if minutes else f"{s}s"

@@ -1,0 +1,42 @@
+"""Export: a student as an ordinary ``transformers`` folder that ``AutoModel.from_pretrained`` loads."""
+
+import shutil
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import AutoModel, PreTrainedConfig
+
+from sharding.files import install_folder
+
+_ENCODER = "encoder."  # prefix of the encoder in a ``Student``; the projections stay behind
+
+
+def export(folder: Path, config: PreTrainedConfig, weights: Mapping[str, Tensor], tokenizer: Any) -> Path:
+    """Write weights (safetensors, float32), config and tokenizer; the folder appears when it is complete.
+
+    An architecture with a pooler gets one, freshly initialised from a fixed seed, so that loading is silent
+    and repeatable; general distillation does not train it, fine-tuning does.
+
+    Args:
+        folder: replaced when it exists.
+        config: the student's ``transformers`` config.
+        weights: float32, by the names of a ``trainer.models.Student``.
+        tokenizer: the teacher's.
+    """
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        model = AutoModel.from_config(config, dtype=torch.float32)
+    encoder = {
+        name.removeprefix(_ENCODER): value for name, value in weights.items() if name.startswith(_ENCODER)
+    }
+    missing, unexpected = model.load_state_dict(encoder, strict=False)
+    assert not unexpected and all("pooler" in name for name in missing), (missing, unexpected)
+    partial = folder.with_name(f".{folder.name}.partial")
+    shutil.rmtree(partial, ignore_errors=True)
+    model.save_pretrained(partial)
+    tokenizer.save_pretrained(partial)
+    install_folder(partial, folder)
+    return folder

@@ -1,0 +1,227 @@
+"""The loop: one pass of the teacher per micro batch, every student learning from it.
+
+Dropout is a pure function of where the run stands: before each student's forward pass the generator is
+seeded from (seed, step, rank, micro batch). So a resumed run draws what the uninterrupted one drew, and a
+student draws the same beside others as alone.
+"""
+
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Protocol
+
+import numpy as np
+import torch
+
+from configs.schema import NonFinite, Precision, RunConfig, StudentConfig
+from sharding.manifest import Corpus
+from sharding.stream import Batch, stream
+from trainer.checkpoint import Progress
+from trainer.engine import Engine, StepResult
+from trainer.evaluation import Encode, evaluate
+from trainer.losses import Transfer, denominators, distil, total, valid_counts, weights
+from trainer.meter import LossMeter, SpeedMeter
+from trainer.models import Inputs
+from trainer.schedule import lr_multiplier
+from trainer.world import World
+from trainer.world import total as total_over_ranks
+
+
+class NonFiniteError(RuntimeError):
+    """A loss or gradient became NaN or infinite, and the policy says stop."""
+
+
+@dataclass
+class Trainee:
+    """One student in training."""
+
+    config: StudentConfig
+    transfer: Transfer
+    engine: Engine
+    losses: LossMeter = field(default_factory=LossMeter)
+    grad_norm: float = 0.0  # of the last step, before clipping
+    skipped_steps: int = 0  # over the whole run
+    skipped_in_a_row: int = 0
+
+
+class Listener(Protocol):
+    """What the loop tells the outside; every method is called on all ranks, with equal values."""
+
+    def logged(
+        self, progress: Progress, speed: Mapping[str, float], students: Sequence[dict[str, float]]
+    ) -> None:
+        """Losses and rates of every student over the last span, and the run's speed."""
+
+    def evaluated(self, progress: Progress, students: Sequence[dict[str, float]]) -> None:
+        """Held-out losses of every student."""
+
+    def save(self, progress: Progress) -> None:
+        """A checkpoint is due (collective)."""
+
+
+@dataclass
+class Run:
+    """Everything that the loop works with."""
+
+    config: RunConfig
+    world: World
+    corpus: Corpus
+    teach: Encode
+    teacher_hidden_size: int
+    trainees: list[Trainee]
+    speed: SpeedMeter
+    progress: Progress
+    total_steps: int
+
+
+def total_steps(config: RunConfig, corpus: Corpus) -> int:
+    """Return the run's length in optimizer steps; a share of an epoch is rounded to the nearest step."""
+    if config.train.steps is not None:
+        return config.train.steps
+    assert config.train.epochs is not None, "check_run comes first"
+    return max(1, round(config.train.epochs * corpus.split("train").rows / config.train.global_batch_rows))
+
+
+def train(run: Run, listener: Listener) -> None:
+    """Train all students to the run's last step (collective).
+
+    Raises:
+        NonFiniteError: by the policy ``train.non_finite``.
+        CorpusError: a damaged shard.
+    """
+    progress, config, end = run.progress, run.config, run.total_steps
+    if progress.step == 0:
+        _evaluate_if_due(run, listener)
+    for batch in run.speed.timed(_batches(run)):
+        tokens = _accumulate_gradients(run, batch)
+        for trainee in run.trainees:
+            rate = trainee.config.optimizer.lr * _multiplier(trainee, progress.step, end)
+            _handle_non_finite(run, trainee, trainee.engine.step(rate))
+        progress.step += 1
+        progress.rows = batch.position
+        run.speed.add(config.train.global_batch_rows, tokens)
+        if _due(config.log.every_steps, progress.step, end):
+            _log(run, listener)
+        if _due(config.evaluation.every_steps, progress.step, end):
+            _evaluate_if_due(run, listener)
+        if _due(config.checkpoint.every_steps, progress.step, end) or progress.step == end:
+            listener.save(progress)
+
+
+def _accumulate_gradients(run: Run, batch: Batch) -> int:
+    """Run the teacher and every student over one global step's rows; return its number of valid tokens.
+
+    Every loss is divided by the counts of the whole global step, which are known before the first micro
+    batch: so neither ranks, nor micro batches, nor padding change loss or gradient.
+    """
+    device, size = run.world.device, run.config.train.micro_batch_rows
+    counts = total_over_ranks(valid_counts(batch.length_B).to(device))
+    tokens, pairs = counts.tolist()
+    for micro, start in enumerate(range(0, len(batch.length_B), size)):
+        inputs = Inputs.of(batch, slice(start, start + size), device)
+        targets = run.teach(inputs)
+        for trainee in run.trainees:
+            _seed_dropout(run.config.train.seed, run.progress.step, run.world.rank, micro)
+            sums = distil(trainee.engine(inputs), targets, inputs.mask_BS, trainee.transfer)
+            counted = denominators(trainee.transfer, tokens, pairs, run.teacher_hidden_size)
+            trainee.engine.backward(total(sums, counted, weights(trainee.transfer)))
+            trainee.losses.add(sums, counted)
+    return int(tokens)
+
+
+def _handle_non_finite(run: Run, trainee: Trainee, result: StepResult) -> None:
+    """Apply ``train.non_finite`` to a step whose gradient norm was not finite; all ranks see the same norm.
+
+    A loss that is not finite has a gradient that is not finite. In fp16 a step now and then is left out to
+    find the loss scale: that is no failure, and only ``max_skipped_steps`` in a row end the run.
+    """
+    trainee.grad_norm = result.grad_norm
+    if result.applied:
+        trainee.skipped_in_a_row = 0
+        return
+    trainee.skipped_steps += 1
+    trainee.skipped_in_a_row += 1
+    scaling = run.config.deepspeed.precision is Precision.fp16
+    stop = run.config.train.non_finite is NonFinite.stop and not scaling
+    if stop or trainee.skipped_in_a_row >= run.config.train.max_skipped_steps:
+        raise NonFiniteError(
+            f"student {trainee.config.name}: the loss or gradient of step {run.progress.step + 1} (rows "
+            f"from {run.progress.rows}) is not finite, {trainee.skipped_in_a_row} steps in a row; its weights "
+            "are as before that step. Lower students.N.optimizer.lr, set max_grad_norm, or leave such steps out with "
+            "train.non_finite=skip; started again, the run resumes from its newest checkpoint"
+        )
+
+
+def _log(run: Run, listener: Listener) -> None:
+    steps = run.speed.steps
+    students = []
+    for trainee in run.trainees:
+        losses = trainee.losses.means(weights(trainee.transfer), steps)
+        lr = trainee.config.optimizer.lr * _multiplier(trainee, run.progress.step - 1, run.total_steps)
+        students.append(
+            {
+                **{f"loss/{key}": value for key, value in losses.items()},
+                "optimizer/lr": lr,
+                "optimizer/grad_norm": trainee.grad_norm,
+                "optimizer/skipped_steps": trainee.skipped_steps,
+            }
+        )
+    rows_left = (run.total_steps - run.progress.step) * run.config.train.global_batch_rows
+    speed = run.speed.report(rows_left, run.world)
+    epoch = run.progress.rows / run.corpus.split("train").rows
+    listener.logged(
+        run.progress, {**speed, "progress/rows": run.progress.rows, "progress/epoch": epoch}, students
+    )
+
+
+def _evaluate_if_due(run: Run, listener: Listener) -> None:
+    if run.config.evaluation.every_steps is None:
+        return
+    encoders = [(trainee.engine, trainee.transfer) for trainee in run.trainees]
+    for trainee in run.trainees:
+        trainee.engine.train(False)
+    losses = evaluate(
+        run.teach,
+        encoders,
+        run.teacher_hidden_size,
+        run.corpus,
+        run.config.evaluation.rows,
+        run.config.train.micro_batch_rows,
+        run.world,
+    )
+    for trainee in run.trainees:
+        trainee.engine.train(True)
+    listener.evaluated(run.progress, losses)
+
+
+def _batches(run: Run) -> Iterable[Batch]:
+    train, data = run.config.train, run.config.data
+    steps_left = run.total_steps - run.progress.step
+    return stream(
+        run.corpus,
+        "train",
+        seed=train.seed,
+        group_blocks=data.group_blocks,
+        start_row=run.progress.rows,
+        stop_row=run.progress.rows + steps_left * train.global_batch_rows,
+        global_batch_rows=train.global_batch_rows,
+        rank=run.world.rank,
+        world_size=run.world.size,
+        workers=data.workers,
+        prefetch_steps=data.prefetch_steps,
+        pin_memory=run.world.device.type == "cuda",
+    )
+
+
+def _multiplier(trainee: Trainee, step: int, steps: int) -> float:
+    optimizer = trainee.config.optimizer
+    return lr_multiplier(step, steps, optimizer.warmup, optimizer.decay.value, optimizer.min_lr_ratio)
+
+
+def _due(every_steps: int | None, step: int, last_step: int) -> bool:
+    """True after every so many steps, and after the last one."""
+    return every_steps is not None and (step % every_steps == 0 or step == last_step)
+
+
+def _seed_dropout(seed: int, step: int, rank: int, micro: int) -> None:
+    mixed = np.random.SeedSequence([seed, step, rank, micro]).generate_state(1, np.uint64)
+    torch.manual_seed(int(mixed[0]))
