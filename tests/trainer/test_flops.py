@@ -3,17 +3,13 @@ import torch
 from torch.utils.flop_counter import FlopCounterMode
 from transformers import AutoConfig, AutoModel
 
-from trainer.flops import encoder_forward_flops
+from trainer.flops import _FEED_FORWARD_MATRICES, encoder_forward_flops
 
 WIDE = {"hidden_size": 24, "num_attention_heads": 3, "num_hidden_layers": 2, "intermediate_size": 40}
-SHAPES = {
-    "bert": WIDE,
-    "camembert": WIDE,
+SHAPES = dict.fromkeys(_FEED_FORWARD_MATRICES, WIDE) | {
     "distilbert": {"dim": 24, "n_heads": 3, "n_layers": 2, "hidden_dim": 40},
     "electra": {**WIDE, "embedding_size": 10},
     "modernbert": {**WIDE, "local_attention": 4},
-    "roberta": WIDE,
-    "xlm-roberta": WIDE,
 }
 
 
