@@ -59,7 +59,8 @@ def main() -> int:
     logging.basicConfig(
         level=logging.INFO if is_main else logging.ERROR, format="%(asctime)s %(message)s", datefmt="%H:%M:%S"
     )
-    logging.getLogger("httpx").setLevel(logging.WARNING)
+    for chatty in ("httpx", "mlflow", "alembic"):
+        logging.getLogger(chatty).setLevel(logging.WARNING)
     try:
         distil(load_config(RunConfig, arguments.config, arguments.overrides))
     except (ValueError, NonFiniteError) as error:
@@ -241,7 +242,7 @@ def describe(run: Run, reporter: Reporter, resumed: Checkpoint | None) -> None:
     if resumed is not None:
         log.info("resumed at step %d (%d rows consumed)", run.progress.step, run.progress.rows)
     if reporter.tracked is not None:
-        log.info("tracked as %s", reporter.tracked.run.url)
+        log.info("in MLflow: %s", reporter.tracked.run.url)
 
 
 def finish(run: Run, reporter: Reporter, wall_s: float) -> None:
@@ -253,7 +254,7 @@ def finish(run: Run, reporter: Reporter, wall_s: float) -> None:
         weights = trainee.engine.weights()
         if not run.world.is_main:
             continue
-        hf_config: Any = trainee.engine.module.encoder.config
+        hf_config = trainee.engine.module.encoder.config
         path = export(folder / "export" / trainee.config.name, hf_config, weights, tokenizer)
         summary["students"][trainee.config.name] = {
             "export": str(path),

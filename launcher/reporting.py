@@ -12,7 +12,7 @@ from launcher import provenance
 from sharding.manifest import Corpus
 from trainer import checkpoint as checkpoints
 from trainer.checkpoint import Checkpoint, Progress
-from trainer.loop import Run, Trainee
+from trainer.loop import Run
 from trainer.tracking import Run as TrackedRun
 from trainer.tracking import flatten
 from trainer.world import World
@@ -109,7 +109,7 @@ class Reporter:
                 self.run.total_steps,
                 name,
                 figures["loss/total"],
-                by_kind(figures, "loss/", trainee),
+                by_kind(figures, "loss/"),
                 figures["optimizer/grad_norm"],
                 figures["optimizer/lr"],
                 speed["speed/rows_per_s"],
@@ -134,7 +134,7 @@ class Reporter:
                 self.run.total_steps,
                 trainee.config.name,
                 losses["total"],
-                by_kind(figures, "heldout/", trainee),
+                by_kind(figures, "heldout/"),
             )
             entry = {"step": progress.step, "student": trainee.config.name, "losses": losses}
             with (self.folder / "evaluations.jsonl").open("a", encoding="utf-8") as file:
@@ -172,7 +172,7 @@ class Reporter:
         log.info("step %d/%d  saved %s", progress.step, self.run.total_steps, path)
 
 
-def by_kind(figures: Mapping[str, float], prefix: str, trainee: Trainee) -> str:
+def by_kind(figures: Mapping[str, float], prefix: str) -> str:
     """Return ``embedding 0.12 hidden 0.34 attention 0.56``: the mean over layers of every kind of loss."""
     parts = []
     for kind in ("embedding", "hidden", "attention"):

@@ -7,6 +7,7 @@ precision or the number of ranks. That state is what checkpoints hold.
 
 import logging
 import os
+import warnings
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -16,7 +17,7 @@ from torch import Tensor, nn
 
 from configs.schema import OptimizerConfig
 from trainer.capture import Captured
-from trainer.models import Inputs
+from trainer.models import Inputs, Student
 from trainer.world import World
 
 os.environ.setdefault("DS_ACCELERATOR", "cuda" if torch.cuda.is_available() else "cpu")  # read on import
@@ -56,6 +57,8 @@ class StepResult:
 
 def attach() -> None:
     """Let DeepSpeed use the process group that exists (collective)."""
+    # DeepSpeed 0.19.8 calls a collective by the name that torch 2.13 has begun to retire.
+    warnings.filterwarnings("ignore", message=".*all_gather_into_tensor.*", category=FutureWarning)
     # On CPU deepspeed would compile a shared-memory collective for a minute, only for ranks on one host.
     deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
     deepspeed.init_distributed(auto_mpi_discovery=False, verbose=False, dist_init_required=False)
@@ -65,7 +68,7 @@ class Engine:
     """A student module, its AdamW and its DeepSpeed engine."""
 
     def __init__(
-        self, module: nn.Module, optimizer: OptimizerConfig, deepspeed_config: dict[str, Any], world: World
+        self, module: Student, optimizer: OptimizerConfig, deepspeed_config: dict[str, Any], world: World
     ) -> None:
         """Hand the module over to DeepSpeed (collective).
 
@@ -96,7 +99,7 @@ class Engine:
         self._make_moments()
 
     @property
-    def module(self) -> nn.Module:
+    def module(self) -> Student:
         """The student module; at ZeRO stage 3 its parameters are partitioned between calls."""
         return self._engine.module
 

@@ -109,12 +109,34 @@ def load_teacher(config: TeacherConfig, device: torch.device) -> PreTrainedModel
     """
     if config.sha256 is not None:
         _check_sha256(config)
-    hf_config = load_teacher_config(config)
-    teacher = _from_pretrained(
-        config.model, hf_config, revision=config.revision, dtype=DTYPES[config.precision]
-    )
+    teacher = load_encoder(config.model, revision=config.revision, dtype=DTYPES[config.precision])
     enable_capture(teacher)
-    return teacher.to(device).eval().requires_grad_(False)
+    teacher.to(device)  # type: ignore[arg-type]  # its decorator hides nn.Module's signature
+    return teacher.eval().requires_grad_(False)
+
+
+def load_encoder(model: str, **settings: Any) -> PreTrainedModel:
+    """Load an encoder without a pooler, quietly, unless weights are missing.
+
+    Heads in the file that an encoder does not have are left unread; a weight that the file lacks would be
+    random, and nothing should learn from that unknowingly.
+    """
+    config = AutoConfig.from_pretrained(model, revision=settings.get("revision"))
+    verbosity = hf_logging.get_verbosity()
+    hf_logging.set_verbosity_error()
+    hf_logging.disable_progress_bar()
+    try:
+        encoder, report = AutoModel.from_pretrained(
+            model, **settings, **_no_pooler(config), output_loading_info=True
+        )
+    finally:
+        hf_logging.set_verbosity(verbosity)
+    if report["missing_keys"]:
+        raise ValueError(
+            f"{model} lacks {len(report['missing_keys'])} weights of a {config.model_type} encoder, such as "
+            f"{sorted(report['missing_keys'])[0]}; they would be random. Use a complete pretrained encoder"
+        )
+    return encoder
 
 
 def check_students(students: Sequence[StudentConfig], teacher: PreTrainedConfig, seq_len: int) -> list[str]:
@@ -204,7 +226,7 @@ def build_student(
         if student.init in ("random", "teacher"):
             encoder = AutoModel.from_config(config, dtype=torch.float32, **_no_pooler(config))
         else:
-            encoder = _from_pretrained(student.init, config, dtype=torch.float32)
+            encoder = load_encoder(student.init, dtype=torch.float32)
         module = Student(encoder, teacher_config.hidden_size, student.projection)
     if student.init == "teacher":
         copy_layers(
@@ -262,29 +284,6 @@ def _no_pooler(config: PreTrainedConfig) -> dict[str, bool]:
     model_class: Any = MODEL_MAPPING[type(config)]
     has_pooler = "add_pooling_layer" in inspect.signature(model_class).parameters
     return {"add_pooling_layer": False} if has_pooler else {}
-
-
-def _from_pretrained(model: str, config: PreTrainedConfig, **settings: Any) -> PreTrainedModel:
-    """Load an encoder without a pooler, quietly, unless weights are missing.
-
-    Heads in the file that an encoder does not have are left unread; a weight that the file lacks would be
-    random, and nothing should learn from that unknowingly.
-    """
-    verbosity = hf_logging.get_verbosity()
-    hf_logging.set_verbosity_error()
-    hf_logging.disable_progress_bar()
-    try:
-        encoder, report = AutoModel.from_pretrained(
-            model, **settings, **_no_pooler(config), output_loading_info=True
-        )
-    finally:
-        hf_logging.set_verbosity(verbosity)
-    if report["missing_keys"]:
-        raise ValueError(
-            f"{model} lacks {len(report['missing_keys'])} weights of a {config.model_type} encoder, such as "
-            f"{sorted(report['missing_keys'])[0]}; they would be random. Use a complete pretrained encoder"
-        )
-    return encoder
 
 
 def _position_offset(config: PreTrainedConfig) -> int:

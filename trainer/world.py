@@ -12,11 +12,11 @@ import torch.distributed as dist
 
 Result = TypeVar("Result")
 
-_SLURM = {
-    "RANK": "SLURM_PROCID",
-    "WORLD_SIZE": "SLURM_NTASKS",
-    "LOCAL_RANK": "SLURM_LOCALID",
-    "LOCAL_WORLD_SIZE": "SLURM_NTASKS_PER_NODE",
+_NAMES = {  # what torchrun and deepspeed call a thing, and what srun calls it
+    "RANK": ("RANK", "SLURM_PROCID"),
+    "WORLD_SIZE": ("WORLD_SIZE", "SLURM_NTASKS"),
+    "LOCAL_RANK": ("LOCAL_RANK", "SLURM_LOCALID"),
+    "LOCAL_WORLD_SIZE": ("LOCAL_WORLD_SIZE", "LOCAL_SIZE", "SLURM_STEP_TASKS_PER_NODE"),
 }
 
 
@@ -39,24 +39,24 @@ class World:
 def find(environment: Mapping[str, str]) -> World:
     """Return the world that a launcher describes in ``environment``.
 
-    ``deepspeed``, ``torchrun`` and ``python -m torch.distributed.run`` set RANK, WORLD_SIZE, LOCAL_RANK and
-    LOCAL_WORLD_SIZE; ``srun`` sets SLURM_PROCID, SLURM_NTASKS, SLURM_LOCALID and SLURM_NTASKS_PER_NODE
-    inside a job step; with none of them the process is alone.
+    ``torchrun`` sets RANK, WORLD_SIZE, LOCAL_RANK and LOCAL_WORLD_SIZE; ``deepspeed`` too, but calls the last
+    one LOCAL_SIZE; ``srun`` sets SLURM_PROCID, SLURM_NTASKS, SLURM_LOCALID and SLURM_STEP_TASKS_PER_NODE
+    (such as ``8(x4)``) inside a job step. With none of them the process is alone.
 
     Raises:
-        ValueError: a rank is set without a size, a value is no number, or there are more local ranks than
+        ValueError: a rank is set without the rest, a value is no number, or there are more local ranks than
             CUDA devices.
     """
-    launched = "RANK" in environment or "SLURM_STEP_ID" in environment
-    values = {"RANK": 0, "WORLD_SIZE": 1, "LOCAL_RANK": 0, "LOCAL_WORLD_SIZE": 1} if not launched else {}
-    for name, slurm_name in _SLURM.items() if launched else ():
-        text = environment.get(name, environment.get(slurm_name))
-        if text is None and name == "LOCAL_WORLD_SIZE":
-            text = "1"
+    if "RANK" not in environment and "SLURM_STEP_ID" not in environment:
+        return World(0, 1, 0, 1, _device(0))
+    values = {}
+    for name, aliases in _NAMES.items():
+        text = next((environment[alias] for alias in aliases if alias in environment), None)
+        text = text and text.partition("(")[0]
         if text is None or not text.isdigit():
             raise ValueError(
-                f"environment {name}={text!r} (or {slurm_name}) is not a number; start with deepspeed, "
-                "torchrun, srun, or plain python for a single process"
+                f"environment {name}={text!r} is not a number (nor is {' or '.join(aliases[1:])}); start with "
+                "deepspeed, torchrun, srun, or plain python for a single process"
             )
         values[name] = int(text)
     local_rank, local_size = values["LOCAL_RANK"], values["LOCAL_WORLD_SIZE"]
