@@ -14,13 +14,12 @@ from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass
 
 import numpy as np
-from mwparserfromhell.parser import ParserError
 from numpy.typing import NDArray
 
 from sharding.manifest import CorpusError
 from sharding.sources import Document
 from sharding.tokens import Encoder
-from sharding.wikitext import clean_text
+from sharding.wikitext import MarkupError, clean_text
 
 BATCH_CHARS = 1_000_000
 BATCH_DOCUMENTS = 512
@@ -67,7 +66,7 @@ class Worker:
         for index, document in enumerate(batch):
             try:
                 texts[index] = clean_text(document.text) if self.recipe.wiki_markup else document.text.strip()
-            except (ParserError, RecursionError):
+            except MarkupError:
                 unparsed.append(document.id)
         long_enough = {i: text for i, text in texts.items() if len(text) >= self.recipe.min_document_chars}
         encoded = zip(long_enough, self.encoder.encode(list(long_enough.values())), strict=True)

@@ -81,8 +81,9 @@ class ShardWriter:
     def abort(self) -> None:
         """Release the open file of a build that failed."""
         if self._file is not None:
-            with contextlib.suppress(OSError):  # what is still buffered may not fit on the disk either
-                self._file.close()
+            for opened in (self._tar, self._file):
+                with contextlib.suppress(OSError):  # what is still buffered may not fit on the disk either
+                    opened.close()
 
     def _open_shard(self) -> None:
         self._path = f"{self.split}/{len(self._shards):05d}.tar"

@@ -10,6 +10,7 @@ from collections.abc import Iterator
 
 import mwparserfromhell
 from mwparserfromhell.nodes import ExternalLink, Heading, HTMLEntity, Node, Tag, Template, Text, Wikilink
+from mwparserfromhell.parser import ParserError
 from mwparserfromhell.wikicode import Wikicode
 
 DROPPED_SECTIONS = {
@@ -93,14 +94,29 @@ WORD_TEMPLATES = {
 """Templates that carry words of the sentence, much as Wikipedia shows them: ``{2|1}`` is argument 2, or else
 1; a template that lacks an argument is left out."""
 
+MAX_UNCLOSED = 1_000
+"""The parser searches the rest of the page for the end of every bracket: 3,200 that are never closed take 2 s
+(one core), and the time grows with their square."""
+
+
+class MarkupError(Exception):
+    """Markup that cannot be parsed, or not in sensible time."""
+
 
 def clean_text(markup: str) -> str:
     """The readable text of a page's markup; empty when the page has none.
 
-    Raises: ``mwparserfromhell.parser.ParserError`` or RecursionError for markup that defeats the parser.
+    Raises: MarkupError for markup that defeats the parser.
     """
+    for opening, closing in ("[]", "{}"):
+        if (unclosed := markup.count(opening) - markup.count(closing)) > MAX_UNCLOSED:
+            raise MarkupError(f"{unclosed} more {opening} than {closing}")
+    try:
+        sections = list(_sections(mwparserfromhell.parse(markup)))
+    except (ParserError, RecursionError) as error:
+        raise MarkupError(str(error)) from error
     kept: list[tuple[int, str, str]] = []
-    for level, title, body in reversed(list(_sections(mwparserfromhell.parse(markup)))):
+    for level, title, body in reversed(sections):
         # A heading stays with its text or, where it has none of its own, with the sections below it.
         if body or (kept and kept[-1][0] > level):
             kept.append((level, title, body))
@@ -214,7 +230,8 @@ _TIDYING: list[tuple[str, str]] = [
     (r"[\u00ad\u200b-\u200f\u2060\ufeff]", ""),  # invisible characters
     (r"[^\S\n]+", " "),
     # What the parser leaves of broken tables, images and templates.
-    (r"(?m)^ ?(?:\{\||\||!).*$|\[\[(?:File|Image):.*$|\{\{?\w[^{}|\n]*\|[^{}\n]*\}?\}", ""),
+    (r"(?m)^ ?(?:\{\||\||!).*$|\[\[(?:File|Image):.*$", ""),
+    (r"(?m)\{\{?\w[^{}|\n]*\|[^{}\n]*(?:\}\}?|$)", ""),
     (
         r"(?i)</?(?:ref|div|span|small|br|center|font|su[bp]|[ibu]|p|blockquote|references|noinclude)\b[^<>]*>",
         "",
@@ -226,7 +243,7 @@ _TIDYING: list[tuple[str, str]] = [
     (r",(\.(?!\.))", r"\1"),
     (r"\([ ,;:/–-]+", "("),
     (r"[ ,;:/–-]+\)", ")"),
-    (r" ?(?:\(\)|\[\]|\"\"|“”)", ""),
+    (r" ?(?:\(\)|\[ ?\]|\"\"|“”)", ""),
     (r" +([,.;:!?)\]])(?=[\s,.;:)\]]|$)", r"\1"),
     (r"(?m)([(\[]) +", r"\1"),
     (r" *\n\s*", "\n"),

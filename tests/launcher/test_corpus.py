@@ -1,0 +1,120 @@
+"""``launcher/corpus.py`` as a person runs it: exit codes and what is printed."""
+
+import importlib.util
+import json
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import psutil
+import pytest
+
+from launcher.corpus import main
+from sharding.manifest import open_corpus
+
+SCRIPT = Path(__file__).resolve().parents[2] / "launcher" / "corpus.py"
+
+
+@pytest.fixture
+def wiki_dump() -> str:
+    """206 real pages that gensim's package carries; found without importing it."""
+    gensim = importlib.util.find_spec("gensim")
+    if gensim is None or gensim.origin is None:
+        pytest.skip("gensim, whose package carries a real dump, is not installed")
+    return str(
+        Path(gensim.origin).parent
+        / "test/test_data/enwiki-latest-pages-articles1.xml-p000000010p000030302-shortened.bz2"
+    )
+
+
+def run(*arguments: str, cwd: Path) -> subprocess.CompletedProcess[str]:
+    return subprocess.run([sys.executable, str(SCRIPT), *arguments], cwd=cwd, capture_output=True, text=True)
+
+
+def test_a_real_dump_from_another_folder(wiki_dump: str, tiny_tokenizer: Path, tmp_path: Path) -> None:
+    yaml = (
+        f"tokenizer: {tiny_tokenizer}\nsource:\n  kind: mediawiki\n  path: {wiki_dump}\nheldout_share: 0.05\n"
+    )
+    (tmp_path / "corpus.yaml").write_text(yaml)
+    done = run(
+        "build", "--config", "corpus.yaml", "output=wiki", "max_documents=30", "processes=2", cwd=tmp_path
+    )
+    assert done.returncode == 0, done.stderr
+    assert done.stderr == ""
+    corpus = open_corpus(tmp_path / "wiki")
+    assert f"fingerprint {corpus.fingerprint}" in done.stdout
+    assert sum(split.documents for split in corpus.manifest.splits.values()) == 30
+    done = run("verify", "wiki", cwd=tmp_path)
+    assert (done.returncode, done.stderr) == (0, "") and "corpus wiki is whole" in done.stdout
+
+
+def test_mistakes_are_told_in_short(tmp_path: Path) -> None:
+    done = run("build", "output=x", "seq_length=5", "processes=0", cwd=tmp_path)
+    assert done.returncode == 2 and done.stdout == ""
+    assert "unknown key seq_length" in done.stderr and "source.path" in done.stderr
+    done = run(
+        "build", "output=x", "tokenizer=t", "source.kind=mediawiki", "source.path=no.xml.bz2", cwd=tmp_path
+    )
+    assert done.returncode == 2
+    assert done.stderr.startswith("corpus.py: error: source.path=no.xml.bz2 does not exist")
+    done = run("stat", "nowhere", cwd=tmp_path)
+    assert done.returncode == 2 and "nowhere/manifest.json does not exist" in done.stderr
+    assert "Traceback" not in done.stderr
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_as_a_module() -> None:
+    command = [sys.executable, "-m", "launcher.corpus", "--help"]
+    done = subprocess.run(command, cwd=SCRIPT.parents[1], capture_output=True, text=True)
+    assert done.returncode == 0 and "build,verify,stat" in done.stdout
+
+
+def test_verify_and_stat(tiny_corpus: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["stat", str(tiny_corpus), "--json"]) == 0
+    counts = json.loads(capsys.readouterr().out)
+    assert counts["splits"]["train"]["documents"] == 480
+    assert main(["stat", str(tiny_corpus)]) == 0
+    table = capsys.readouterr().out
+    assert counts["fingerprint"] in table and "480" in table and "padding" in table
+
+    folder = shutil.copytree(tiny_corpus, tmp_path / "copy")
+    shard = open_corpus(folder).split("heldout").shards[0]
+    content = bytearray((folder / shard.path).read_bytes())
+    content[shard.blocks[0].ids.offset + 999] ^= 1
+    (folder / shard.path).chmod(0o644)
+    (folder / shard.path).write_bytes(content)
+    assert main(["verify", str(folder)]) == 1
+    found = capsys.readouterr().out
+    assert f"member {shard.blocks[0].name}.ids.npy" in found and "2 problems" in found
+
+
+@pytest.mark.parametrize("how", [signal.SIGINT, signal.SIGKILL])
+def test_an_ended_build_leaves_no_workers_and_no_corpus(
+    tiny_tokenizer: Path, tmp_path: Path, how: signal.Signals
+) -> None:
+    (tmp_path / "long.txt").write_text(("bade gofi " * 60 + "\n") * 50_000)
+    (tmp_path / "short.txt").write_text(("bade gofi " * 60 + "\n") * 50)
+    keys = ["output=c", f"tokenizer={tiny_tokenizer}", "source.kind=text", "source.one_per_line=true"]
+    build = [sys.executable, str(SCRIPT), "build", *keys, "heldout_share=0", "processes=2"]
+    process = subprocess.Popen(
+        [*build, "source.path=long.txt"], cwd=tmp_path, stderr=subprocess.PIPE, text=True
+    )
+    while not list(tmp_path.glob("c.partial/train/*.tmp")):
+        assert process.poll() is None
+        time.sleep(0.02)
+    workers = psutil.Process(process.pid).children(recursive=True)
+    assert len(workers) >= 2
+    process.send_signal(how)
+    _, errors = process.communicate(timeout=60)
+    assert psutil.wait_procs(workers, timeout=60)[1] == []
+    assert not (tmp_path / "c").exists()
+    if how is signal.SIGINT:
+        assert process.returncode == 130 and "interrupted" in errors and "Traceback" not in errors
+        assert not (tmp_path / "c.partial").exists()
+    done = run(*build[2:], "source.path=short.txt", cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    assert open_corpus(tmp_path / "c").split("train").documents == 50
+    assert not (tmp_path / "c.partial").exists()
