@@ -21,6 +21,7 @@ from pathlib import Path
 from tqdm import tqdm
 
 from configs.schema import CorpusConfig, Packing, SourceKind
+from sharding.files import install_folder, sync
 from sharding.manifest import (
     FORMAT_VERSION,
     MANIFEST_NAME,
@@ -59,8 +60,10 @@ def build(config: CorpusConfig, *, progress: bool) -> Manifest:
     )
     source_bytes = sum(file.stat().st_size for file in files)
     with _partial_folder(output) as partial, _Progress(source_bytes, progress) as shown:
-        writers = {name: _SplitWriter.start(partial, name, config, info) for name in _split_names(config)}
+        writers: dict[str, _SplitWriter] = {}
         try:
+            for name in _split_names(config):
+                writers[name] = _SplitWriter.start(partial, name, config, info)
             _write_documents(config, files, recipe, writers, shown)
             splits = {name: writer.finish() for name, writer in writers.items()}
             _require_documents(config, splits, shown)
@@ -82,7 +85,7 @@ def build(config: CorpusConfig, *, progress: bool) -> Manifest:
         finally:
             for writer in writers.values():
                 writer.shards.abort()
-        _install(partial, output)
+        install_folder(partial, output)
     return manifest
 
 
@@ -220,33 +223,11 @@ def _partial_folder(output: Path) -> Iterator[Path]:
         os.close(descriptor)
 
 
-def _install(partial: Path, output: Path) -> None:
-    """Give the complete corpus its name; one that it replaces goes only now."""
-    replaced = output.with_name(f"{output.name}.replaced")
-    if output.exists() and any(output.iterdir()):
-        shutil.rmtree(replaced, ignore_errors=True)
-        os.rename(output, replaced)
-    os.rename(partial, output)
-    _sync_folder(output.parent)
-    shutil.rmtree(replaced, ignore_errors=True)
-
-
 def _write_synced(path: Path, text: str) -> None:
-    with open(path, "w", encoding="utf-8") as file:
-        file.write(text)
-        file.flush()
-        os.fsync(file.fileno())
-    for folder in (path.parent, *(child for child in path.parent.iterdir() if child.is_dir())):
-        _sync_folder(folder)
-
-
-def _sync_folder(folder: Path) -> None:
-    """Make the names in a folder survive a power cut."""
-    descriptor = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
+    """Write the manifest, the last file of a corpus, and make all its names survive a power cut."""
+    path.write_text(text, encoding="utf-8")
+    for entry in (path, *(child for child in path.parent.iterdir() if child.is_dir()), path.parent):
+        sync(entry)
 
 
 def _disk_full(partial: Path, output: Path, shown: "_Progress") -> CorpusError:

@@ -49,7 +49,7 @@ def tiny_tokenizer(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="session")
 def tiny_corpus(tmp_path_factory: pytest.TempPathFactory, tiny_tokenizer: Path) -> Path:
-    """A corpus of 32-token rows, 64 rows per block: about 640 train rows in several shards, 87 held-out rows."""
+    """A corpus of 32-token rows, 64 rows a block: about 640 train rows in 5 shards, 87 held-out rows."""
     root = tmp_path_factory.mktemp("corpus") / "tiny"
     tokenizer = load_tokenizer(str(tiny_tokenizer), None)
     info = tokenizer_info(tokenizer, str(tiny_tokenizer), None)

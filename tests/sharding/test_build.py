@@ -222,7 +222,7 @@ def test_two_builds_of_one_output(config: CorpusConfig) -> None:
 
 @contextlib.contextmanager
 def small_disk(folder: Path, size: int) -> Iterator[Path]:
-    """A file system of ``size`` bytes, mounted at ``folder``; the test is skipped where that is not allowed."""
+    """A file system of ``size`` bytes, mounted at ``folder``; skips the test where that is not allowed."""
     folder.mkdir()
     libc = ctypes.CDLL(None, use_errno=True)
     if libc.mount(b"tmpfs", str(folder).encode(), b"tmpfs", 0, f"size={size}".encode()):

@@ -7,7 +7,7 @@ from sharding.wikitext import MarkupError, clean_text, tidy
 CASES = {
     "emphasis": ("'''Bold''' and ''italic'' and '''''both'''''.", "Bold and italic and both."),
     "links": (
-        "[[Paris]] is in [[France|a country]], on [[Seine (river)|]], in [[Europe#West|''western'' Europe]]s.",
+        "[[Paris]] is in [[France|a country]], on [[Seine (river)|]], in [[Europe#W|''western'' Europe]]s.",
         "Paris is in a country, on Seine, in western Europes.",
     ),
     "link with colon": ("See [[:Category:Rivers]].", "See Category:Rivers."),
@@ -30,7 +30,8 @@ CASES = {
     ),
     "kept templates": (
         "It is {{convert|10|km|mi|abbr=on}} long, {{Convert|5|-|6|ft|m}} deep, {{nowrap|8 p.m.}}, "
-        "{{lang|de|Fluss}}, ({{lang-fr|fleuve}}), {{circa|1900}}, H{{sub|2}}O, {{chem|C|O|2}}, [[USS]] or {{USS|Maine|1889}}.",
+        "{{lang|de|Fluss}}, ({{lang-fr|fleuve}}), {{circa|1900}}, H{{sub|2}}O, {{chem|C|O|2}}, "
+        "[[USS]] or {{USS|Maine|1889}}.",
         "It is 10 km long, 5 – 6 ft deep, 8 p.m., Fluss, (fleuve), c. 1900, H2O, CO2, USS or USS Maine.",
     ),
     "quote": ("He said:\n{{quote|To be.|Hamlet}}\nAnd left.", "He said:\nTo be.\nAnd left."),
