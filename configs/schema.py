@@ -51,7 +51,7 @@ class NonFinite(Enum):
     """What happens when a student's loss or gradient norm is NaN or infinite on any rank."""
 
     stop = "stop"
-    """Leave the weights as they were, write a checkpoint of the last good step, end with an error."""
+    """End with an error; the newest checkpoint is from before that step."""
     skip = "skip"
     """Leave the weights as they were, count the step, go on with the next rows."""
 

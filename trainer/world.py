@@ -55,8 +55,8 @@ def find(environment: Mapping[str, str]) -> World:
         text = text and text.partition("(")[0]
         if text is None or not text.isdigit():
             raise ValueError(
-                f"environment {name}={text!r} is not a number (nor is {' or '.join(aliases[1:])}); start with "
-                "deepspeed, torchrun, srun, or plain python for a single process"
+                f"environment {name}={text!r} is not a number (nor is {' or '.join(aliases[1:])}); "
+                "start with deepspeed, torchrun, srun, or plain python for a single process"
             )
         values[name] = int(text)
     local_rank, local_size = values["LOCAL_RANK"], values["LOCAL_WORLD_SIZE"]
@@ -102,7 +102,7 @@ def _device(local_rank: int) -> torch.device:
         if os.environ.get("DS_ACCELERATOR") == "cuda":
             raise ValueError(
                 f"DS_ACCELERATOR=cuda, but torch {torch.__version__} sees no CUDA device on "
-                f"{socket.gethostname()}; check the driver (nvidia-smi), or unset DS_ACCELERATOR to run on CPU"
+                f"{socket.gethostname()}; check the driver (nvidia-smi), or unset DS_ACCELERATOR for CPU"
             )
         return torch.device("cpu")
     devices = torch.cuda.device_count()
