@@ -1,6 +1,6 @@
 """The DeepSpeed config, derived: one place for batch arithmetic, ZeRO, offload and precision."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from configs.schema import Offload, Precision, RunConfig, StudentConfig
@@ -60,8 +60,8 @@ def derive(config: RunConfig, student: StudentConfig, world_size: int, pin_memor
 
 
 def conflicts(extra: Mapping[str, Any]) -> list[str]:
-    """Return the derived keys that ``extra`` tries to set, dotted and sorted."""
-    return sorted(set(_dotted(extra)) & set(DERIVED))
+    """Return the derived keys that ``extra`` tries to set, or to replace with all above them; sorted."""
+    return sorted(key for key in DERIVED if _sets(extra, key.split(".")))
 
 
 def _merge(base: Mapping[str, Any], extra: Mapping[str, Any]) -> dict[str, Any]:
@@ -72,11 +72,8 @@ def _merge(base: Mapping[str, Any], extra: Mapping[str, Any]) -> dict[str, Any]:
     return merged
 
 
-def _dotted(tree: Mapping[str, Any], prefix: str = "") -> list[str]:
-    """Return the dotted paths of every leaf and branch of a nested mapping."""
-    paths = []
-    for key, value in tree.items():
-        paths.append(f"{prefix}{key}")
-        if isinstance(value, Mapping):
-            paths += _dotted(value, f"{prefix}{key}.")
-    return paths
+def _sets(tree: Any, path: Sequence[str]) -> bool:
+    """Tell whether merging ``tree`` would set ``path``: itself, or a value in place of a branch above it."""
+    if not path or not isinstance(tree, Mapping):
+        return True
+    return path[0] in tree and _sets(tree[path[0]], path[1:])

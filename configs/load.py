@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any, TypeVar, get_args, get_origin, get_type_hints
 
 import yaml
-from omegaconf import DictConfig, OmegaConf
+from omegaconf import MISSING, DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from configs.schema import CorpusConfig, RunConfig
@@ -80,7 +80,7 @@ def _read_yaml(path: str | Path, problems: list[str]) -> dict[str, Any]:
         loaded = OmegaConf.load(path)
     except FileNotFoundError:
         raise ConfigError([f"config file {path} does not exist; configs/ holds ones to start from"]) from None
-    except (yaml.YAMLError, OSError, OmegaConfBaseException) as error:
+    except (yaml.YAMLError, OSError, UnicodeDecodeError, OmegaConfBaseException) as error:
         raise ConfigError([f"config file {path} cannot be read as YAML: {error}"]) from error
     if not isinstance(loaded, DictConfig):
         problems.append(f"config file {path} holds a list; a config is a mapping of keys to values")
@@ -94,7 +94,11 @@ def _apply_override(user: dict[str, Any], override: str, problems: list[str]) ->
     if not equals or not key:
         problems.append(f"argument {override!r} is not of the form section.key=value")
         return
-    value = OmegaConf.to_container(OmegaConf.from_dotlist([f"value={text}"]))["value"]  # type: ignore[index,call-overload]
+    try:
+        value = OmegaConf.to_container(OmegaConf.from_dotlist([f"value={text}"]))["value"]  # type: ignore[index,call-overload]
+    except (yaml.YAMLError, OmegaConfBaseException) as error:
+        problems.append(f"{override}: the value cannot be read as YAML: {_first_line(error)}")
+        return
     node: Any = user
     path = key.split(".")
     for depth, name in enumerate(path):
@@ -130,11 +134,11 @@ def _require_known_and_typed(schema: Any, user: Any, prefix: str, problems: list
         item = get_args(hint)[0] if get_origin(hint) is list else None
         value = user.get(entry.name)
         if is_dataclass(hint):
-            _require_known_and_typed(hint, value if value is not None else {}, name, problems)
+            _require_known_and_typed(hint, user.get(entry.name, {}), name, problems)
         elif item is not None and is_dataclass(item):
             _require_items(item, value, name, problems)
-        elif entry.name not in user:
-            if OmegaConf.is_missing(_structured(schema), entry.name):
+        elif entry.name not in user or value == MISSING:
+            if value == MISSING or OmegaConf.is_missing(_structured(schema), entry.name):
                 problems.append(f"{name} is missing; set it in the YAML or as {name}=...")
         else:
             try:

@@ -136,6 +136,10 @@ def _check_student(prefix: str, student: StudentConfig) -> list[str]:
         problems.append(
             f"{prefix}.hidden_size={student.hidden_size} is not a multiple of heads={student.heads}"
         )
+    if not isinstance(student.layer_map, str | list):
+        problems.append(
+            f"{prefix}.layer_map={student.layer_map!r} must be uniform, last, skip or a list of integers"
+        )
     return problems + _check_losses(prefix, student) + _check_optimizer(prefix, student.optimizer)
 
 
