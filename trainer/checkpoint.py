@@ -17,9 +17,11 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
+from torch import Tensor
 
-from sharding.files import install_folder, sha256, sync
+from sharding.files import new_folder, sha256, sync
 from trainer.engine import EngineState
 
 _NAME = re.compile(r"step-(\d{8})")
@@ -59,18 +61,14 @@ def save(folder: Path, checkpoint: Checkpoint, keep_last: int) -> Path:
         OSError: the disk is full or fails. Nothing that was there before is touched then.
     """
     final = folder / f"step-{checkpoint.progress.step:08d}"
-    partial = folder / f".{final.name}.partial"
-    shutil.rmtree(partial, ignore_errors=True)
-    try:
-        partial.mkdir(parents=True)
+    with new_folder(final) as partial:
         _write(partial, checkpoint)
         _seal(partial)
-        install_folder(partial, final)
-    except BaseException:
-        shutil.rmtree(partial, ignore_errors=True)
-        raise
+    for left in folder.glob(".step-*"):  # by a process that was killed
+        shutil.rmtree(left)
     for old in list_complete(folder)[:-keep_last]:
-        shutil.rmtree(old)
+        # Half removed, it must not bear the name of a complete one.
+        shutil.rmtree(old.rename(old.with_name(f".{old.name}.removed")))
     return final
 
 
@@ -158,8 +156,8 @@ def _write(folder: Path, checkpoint: Checkpoint) -> None:
     students = {}
     for name, state in checkpoint.students.items():
         (folder / name).mkdir()
-        save_file(state.weights, folder / name / "weights.safetensors")
-        save_file(state.moments, folder / name / "moments.safetensors")
+        _write_tensors(folder / name / "weights.safetensors", state.weights)
+        _write_tensors(folder / name / "moments.safetensors", state.moments)
         students[name] = {"updates": state.updates, "loss_scale": state.loss_scale}
     run = {
         "progress": asdict(checkpoint.progress),
@@ -174,17 +172,26 @@ def _write(folder: Path, checkpoint: Checkpoint) -> None:
     (folder / "run.json").write_text(json.dumps(run, indent=1) + "\n", encoding="utf-8")
 
 
+def _write_tensors(path: Path, tensors: dict[str, Tensor]) -> None:
+    try:
+        save_file(tensors, path)
+    except SafetensorError as error:  # so comes a full disk
+        raise OSError(f"{path} cannot be written: {error}") from error
+
+
 def _seal(folder: Path) -> None:
-    """Flush every file to disk, then list them: ``files.json`` is there only when all the rest is."""
-    files = sorted(path for path in folder.rglob("*") if path.is_file())
-    for path in files:
+    """Flush everything to disk, then list the files: ``files.json`` is there only when all the rest is."""
+    paths = sorted(folder.rglob("*"))
+    for path in paths:
         sync(path)
+    files = [path for path in paths if path.is_file()]
     listed = {
         path.relative_to(folder).as_posix(): {"bytes": path.stat().st_size, "sha256": sha256(path)}
         for path in files
     }
     (folder / _FILES).write_text(json.dumps(listed, indent=1) + "\n", encoding="utf-8")
     sync(folder / _FILES)
+    sync(folder)
 
 
 def _at(config: dict[str, Any], dotted: str) -> Any:

@@ -1,6 +1,5 @@
 """Export: a student as an ordinary ``transformers`` folder that ``AutoModel.from_pretrained`` loads."""
 
-import shutil
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -9,7 +8,7 @@ import torch
 from torch import Tensor
 from transformers import AutoModel, PreTrainedConfig
 
-from sharding.files import install_folder
+from sharding.files import new_folder
 
 _ENCODER = "encoder."  # prefix of the encoder in a ``Student``; the projections stay behind
 
@@ -34,9 +33,7 @@ def export(folder: Path, config: PreTrainedConfig, weights: Mapping[str, Tensor]
     }
     missing, unexpected = model.load_state_dict(encoder, strict=False)
     assert not unexpected and all("pooler" in name for name in missing), (missing, unexpected)
-    partial = folder.with_name(f".{folder.name}.partial")
-    shutil.rmtree(partial, ignore_errors=True)
-    model.save_pretrained(partial)
-    tokenizer.save_pretrained(partial)
-    install_folder(partial, folder)
+    with new_folder(folder) as partial:
+        model.save_pretrained(partial)
+        tokenizer.save_pretrained(partial)
     return folder
