@@ -6,10 +6,13 @@ Letters: B rows, S sequence, E hidden dim, M student layers, N teacher layers.
 import inspect
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
+from huggingface_hub.errors import StrictDataclassError
+from safetensors import SafetensorError
 from torch import Tensor, nn
 from transformers import AutoConfig, AutoModel, AutoTokenizer, PreTrainedConfig, PreTrainedModel
 from transformers.models.auto.modeling_auto import MODEL_MAPPING
@@ -87,12 +90,7 @@ def load_teacher_config(config: TeacherConfig) -> PreTrainedConfig:
     Raises:
         ValueError: the folder or hub name cannot be read.
     """
-    try:
-        return AutoConfig.from_pretrained(config.model, revision=config.revision)
-    except (OSError, ValueError) as error:
-        raise ValueError(
-            f"teacher.model={config.model!r} cannot be read as the folder or hub name of an encoder: {error}"
-        ) from error
+    return _read_config("teacher.model", config.model, revision=config.revision)
 
 
 def load_tokenizer(config: TeacherConfig) -> Any:
@@ -120,8 +118,15 @@ def load_encoder(model: str, **settings: Any) -> PreTrainedModel:
 
     Heads in the file that an encoder does not have are left unread; a weight that the file lacks would be
     random, and nothing should learn from that unknowingly.
+
+    Args:
+        model: folder or hub name.
+        settings: of ``AutoModel.from_pretrained``, and of the encoder's config, where they replace its own.
+
+    Raises:
+        ValueError: the weights cannot be read, or some are missing.
     """
-    config = AutoConfig.from_pretrained(model, revision=settings.get("revision"))
+    config = _read_config("model", model, revision=settings.get("revision"))
     verbosity = hf_logging.get_verbosity()
     hf_logging.set_verbosity_error()
     hf_logging.disable_progress_bar()
@@ -129,6 +134,8 @@ def load_encoder(model: str, **settings: Any) -> PreTrainedModel:
         encoder, report = AutoModel.from_pretrained(
             model, **settings, **_no_pooler(config), output_loading_info=True
         )
+    except (OSError, SafetensorError) as error:
+        raise ValueError(f"the weights of {model} cannot be read: {error}") from error
     finally:
         hf_logging.set_verbosity(verbosity)
     if report["missing_keys"]:
@@ -142,13 +149,12 @@ def load_encoder(model: str, **settings: Any) -> PreTrainedModel:
 def check_students(students: Sequence[StudentConfig], teacher: PreTrainedConfig, seq_len: int) -> list[str]:
     """Return every reason why these students cannot learn from this teacher on rows of ``seq_len``."""
     problems = []
-    positions = teacher.max_position_embeddings - _position_offset(teacher)
-    if seq_len > positions:
-        problems.append(f"the corpus has rows of {seq_len} tokens, the teacher takes {positions}")
+    if seq_len > _positions(teacher):
+        problems.append(f"the corpus has rows of {seq_len} tokens, the teacher takes {_positions(teacher)}")
     for index, student in enumerate(students):
-        for make in (transfer, student_hf_config, _check_init):
+        for check in (transfer, partial(_check_config, seq_len=seq_len)):
             try:
-                make(student, teacher)
+                check(student, teacher)
             except ValueError as error:
                 problems.append(f"students.{index} ({student.name}): {error}")
     return problems
@@ -180,31 +186,34 @@ def student_hf_config(student: StudentConfig, teacher: PreTrainedConfig) -> PreT
     special tokens and the number of positions only.
 
     Raises:
-        ValueError: an unknown architecture or an override that the architecture does not know.
+        ValueError: an unknown architecture, or an override that the architecture does not take.
     """
     architecture = student.architecture or teacher.model_type
-    shared = {"vocab_size", "max_position_embeddings", "pad_token_id", "bos_token_id", "eos_token_id"}
-    settings = teacher.to_diff_dict()
-    if architecture == teacher.model_type:
-        shared |= {key for key in settings if not _per_layer(settings[key], teacher.num_hidden_layers)}
-    kept = {key: getattr(teacher, key) for key in shared - _NOT_A_SETTING if hasattr(teacher, key)}
     try:
-        config = AutoConfig.for_model(architecture, **kept)
         default = AutoConfig.for_model(architecture)
     except ValueError as error:
         raise ValueError(f"architecture={architecture!r} is not one that transformers knows") from error
-    unknown = [key for key in student.overrides if not hasattr(default, key)]
-    if unknown:
-        raise ValueError(f"overrides {unknown} are not settings of a {architecture} config")
+    special = {key for key in vars(default) if key.endswith("_token_id")}
+    kept = {key: getattr(teacher, key, None) for key in special} | {"vocab_size": teacher.vocab_size}
+    if architecture == teacher.model_type:
+        settings = teacher.to_diff_dict()
+        own = {key for key in settings if not _per_layer(settings[key], teacher.num_hidden_layers)}
+        kept |= {key: getattr(teacher, key) for key in own - _NOT_A_SETTING if hasattr(teacher, key)}
+    config = AutoConfig.for_model(architecture, **kept)
+    kept["max_position_embeddings"] = _positions(teacher) + _position_offset(config)
     shape = {
         "num_hidden_layers": student.layers,
         "hidden_size": student.hidden_size,
         "num_attention_heads": student.heads,
         _intermediate_key(config): student.intermediate_size,
     }
-    if getattr(config, "embedding_size", None) is not None:
+    _check_overrides(student, default, shape)
+    if getattr(config, "embedding_size", None) is not None and student.init != "teacher":
         shape["embedding_size"] = student.hidden_size
-    return AutoConfig.for_model(architecture, **{**kept, **_renamed(config, shape), **student.overrides})
+    try:
+        return AutoConfig.for_model(architecture, **{**kept, **_renamed(config, shape), **student.overrides})
+    except StrictDataclassError as error:
+        raise ValueError(f"overrides do not make a {architecture} config: {error}") from error
 
 
 def build_student(
@@ -219,6 +228,9 @@ def build_student(
         teacher: read when ``student.init`` is ``teacher``.
         teacher_config: the teacher's config.
         seed: of the random weights.
+
+    Raises:
+        ValueError: ``init`` cannot be read, or a teacher layer does not fit its student layer.
     """
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
@@ -226,7 +238,7 @@ def build_student(
         if student.init in ("random", "teacher"):
             encoder = AutoModel.from_config(config, dtype=torch.float32, **_no_pooler(config))
         else:
-            encoder = load_encoder(student.init, dtype=torch.float32)
+            encoder = load_encoder(student.init, dtype=torch.float32, **student.overrides)
         module = Student(encoder, teacher_config.hidden_size, student.projection)
     if student.init == "teacher":
         copy_layers(
@@ -241,8 +253,15 @@ def build_student(
 def copy_layers(encoder: PreTrainedModel, teacher: PreTrainedModel, layer_map: Sequence[int]) -> None:
     """Copy the teacher's embeddings, outer norms and layers g(1..M) into an encoder of the same width."""
     own_layers, teacher_layers = _layers(encoder), _layers(teacher)
-    for own, source in zip(own_layers, layer_map, strict=True):
-        own.load_state_dict(teacher_layers[source - 1].state_dict())
+    for number, (own, source) in enumerate(zip(own_layers, layer_map, strict=True), start=1):
+        weights = teacher_layers[source - 1].state_dict()
+        if differing := own.state_dict().keys() ^ weights.keys():
+            # ModernBERT's first layer lacks a norm that the others have.
+            raise ValueError(
+                f"init=teacher: layer {number} cannot start from teacher layer {source}: only one of them "
+                f"has {', '.join(sorted(differing))}; set another layer_map or init=random"
+            )
+        own.load_state_dict(weights)
     inside = {id(value) for value in own_layers.state_dict(keep_vars=True).values()}
     weights = teacher.state_dict()
     with torch.no_grad():
@@ -291,14 +310,46 @@ def _position_offset(config: PreTrainedConfig) -> int:
     return config.pad_token_id + 1 if config.model_type in ("roberta", "xlm-roberta", "camembert") else 0
 
 
-def _check_init(student: StudentConfig, teacher: PreTrainedConfig) -> None:
-    own = student_hf_config(student, teacher)
-    if student.init == "random":
-        return
-    other = teacher if student.init == "teacher" else AutoConfig.from_pretrained(student.init)
-    keys = ["model_type", "hidden_size", "num_attention_heads", "vocab_size", _intermediate_key(own)]
-    if student.init != "teacher":
-        keys.append("num_hidden_layers")
+def _positions(config: PreTrainedConfig) -> int:
+    """Return the most tokens that a row may have."""
+    return config.max_position_embeddings - _position_offset(config)
+
+
+def _read_config(key: str, model: str, **settings: Any) -> PreTrainedConfig:
+    try:
+        return AutoConfig.from_pretrained(model, **settings)
+    except (OSError, ValueError) as error:
+        raise ValueError(
+            f"{key}={model!r} cannot be read as the folder or hub name of an encoder: {error}"
+        ) from error
+
+
+def _check_overrides(student: StudentConfig, default: PreTrainedConfig, shape: dict[str, Any]) -> None:
+    unknown = [key for key in student.overrides if not hasattr(default, key)]
+    if unknown:
+        raise ValueError(f"overrides {unknown} are not settings of a {default.model_type} config")
+    derived = [key for key in student.overrides if key in shape or key in _renamed(default, shape)]
+    if derived:
+        raise ValueError(f"overrides {derived} follow from layers, hidden_size, heads and intermediate_size")
+
+
+def _check_config(student: StudentConfig, teacher: PreTrainedConfig, seq_len: int) -> None:
+    """Raise ValueError when the student cannot be made, or cannot read the teacher's rows."""
+    config = student_hf_config(student, teacher)
+    keys = ["model_type", "hidden_size", "num_attention_heads", "vocab_size", _intermediate_key(config)]
+    if student.init == "teacher":
+        inner = ["embedding_size", "max_position_embeddings", "type_vocab_size"]
+        _check_same(student.init, config, teacher, [*keys, *inner])
+    elif student.init != "random":
+        asked, config = config, _read_config("init", student.init, **student.overrides)
+        _check_same(student.init, asked, config, [*keys, "num_hidden_layers"])
+    if config.vocab_size < teacher.vocab_size:
+        raise ValueError(f"vocab_size {config.vocab_size} is below the teacher's {teacher.vocab_size}")
+    if seq_len > _positions(config):
+        raise ValueError(f"the corpus has rows of {seq_len} tokens, the student takes {_positions(config)}")
+
+
+def _check_same(init: str, own: PreTrainedConfig, other: PreTrainedConfig, keys: Sequence[str]) -> None:
     differing = [
         f"{key} {getattr(own, key, None)} against {getattr(other, key, None)}"
         for key in keys
@@ -306,7 +357,7 @@ def _check_init(student: StudentConfig, teacher: PreTrainedConfig) -> None:
     ]
     if differing:
         raise ValueError(
-            f"init={student.init!r} needs an encoder of the same shape, but: {', '.join(differing)}; "
+            f"init={init!r} needs an encoder of the same shape, but: {', '.join(differing)}; "
             "change the student's sizes or set init=random"
         )
 
