@@ -1,0 +1,87 @@
+"""What all benchmarks share: interleaved repeats, medians, the machine, a table, JSON."""
+
+import argparse
+import json
+import os
+import platform
+import statistics
+import sys
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from rich.console import Console
+from rich.table import Table
+
+
+def parse_arguments(description: str | None) -> argparse.Namespace:
+    """Return ``json`` (a path or None) and ``quick``."""
+    parser = argparse.ArgumentParser(
+        description=description, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--json", type=Path, help="write all figures there")
+    parser.add_argument("--quick", action="store_true", help="fewer sizes and repeats: does it run at all?")
+    return parser.parse_args()
+
+
+def interleaved_medians(candidates: Mapping[str, Callable[[], object]], repeats: int) -> dict[str, float]:
+    """Return the median seconds of every candidate; they take turns, so that noise meets all alike.
+
+    One turn before the first counted one warms up. On CUDA every call is waited for.
+    """
+    taken_s: dict[str, list[float]] = {name: [] for name in candidates}
+    for turn in range(repeats + 1):
+        for name, call in candidates.items():
+            started_s = time.perf_counter()
+            call()
+            if torch.cuda.is_available():
+                torch.cuda.synchronize()
+            if turn > 0:
+                taken_s[name].append(time.perf_counter() - started_s)
+    return {name: statistics.median(own_s) for name, own_s in taken_s.items()}
+
+
+def machine() -> str:
+    """Return what ran this: processor, cores, threads, accelerator, torch."""
+    processor = platform.processor() or platform.machine()
+    for line in Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines():
+        if line.startswith("model name"):
+            processor = line.split(":", 1)[1].strip()
+            break
+    device = torch.cuda.get_device_name() if torch.cuda.is_available() else "no GPU"
+    cores = len(os.sched_getaffinity(0))
+    return (
+        f"{processor}, {cores} cores, {torch.get_num_threads()} threads, {device}, torch {torch.__version__}"
+    )
+
+
+@dataclass
+class Report:
+    """Rows of figures on their way to a table, a JSON file and a last line."""
+
+    title: str
+    rows: list[dict[str, Any]] = field(default_factory=list)
+
+    def add(self, **figures: Any) -> None:
+        """Add one row; the first row's keys are the columns."""
+        self.rows.append(figures)
+
+    def finish(self, headline: str, json_path: Path | None) -> None:
+        """Print the table, the machine and the headline (last), and write the JSON."""
+        table = Table(*self.rows[0], title=self.title)
+        for row in self.rows:
+            table.add_row(*(_shown(value) for value in row.values()))
+        console = Console(width=None if sys.stdout.isatty() else 140)
+        console.print(table)
+        console.print(f"machine: {machine()}", highlight=False)
+        if json_path is not None:
+            found = {"title": self.title, "machine": machine(), "rows": self.rows, "headline": headline}
+            json_path.write_text(json.dumps(found, indent=1) + "\n", encoding="utf-8")
+        console.print(headline, highlight=False)
+
+
+def _shown(value: Any) -> str:
+    return f"{value:.4g}" if isinstance(value, float) else str(value)
