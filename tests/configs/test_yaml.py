@@ -1,0 +1,54 @@
+"""Every YAML that ships loads, and says what its name promises."""
+
+from pathlib import Path
+
+import pytest
+
+from configs.deepspeed import derive
+from configs.load import load_config, to_yaml
+from configs.schema import CorpusConfig, RunConfig, SourceKind
+
+FOLDER = Path(__file__).resolve().parents[2] / "configs"
+CORPORA = sorted(FOLDER.glob("corpus_*.yaml"))
+RUNS = sorted(set(FOLDER.glob("*.yaml")) - set(CORPORA))
+named = {"ids": lambda path: path.stem}
+
+
+def test_there_are_both_kinds():
+    assert {"demo"} <= {path.stem for path in RUNS} and {"corpus_demo"} <= {path.stem for path in CORPORA}
+
+
+@pytest.mark.parametrize("path", CORPORA, **named)
+def test_a_corpus(path, tmp_path):
+    config = load_config(CorpusConfig, path)
+    (tmp_path / "resolved.yaml").write_text(to_yaml(config), encoding="utf-8")
+    assert load_config(CorpusConfig, tmp_path / "resolved.yaml") == config
+    if config.source.kind is not SourceKind.datasets:
+        assert Path(config.source.path).is_file()
+
+
+@pytest.mark.parametrize("path", RUNS, **named)
+def test_a_run(path, tmp_path):
+    config = load_config(RunConfig, path)
+    (tmp_path / "resolved.yaml").write_text(to_yaml(config), encoding="utf-8")
+    assert load_config(RunConfig, tmp_path / "resolved.yaml") == config
+    for student in config.students:
+        for ranks in (1, 2):
+            assert derive(config, student, ranks, pin_memory=False)["train_batch_size"] % ranks == 0
+
+
+def test_runs_read_a_corpus_that_a_yaml_builds():
+    built = {load_config(CorpusConfig, path).output for path in CORPORA}
+    assert {load_config(RunConfig, path).data.corpus for path in RUNS} <= built
+
+
+@pytest.mark.parametrize(
+    "name, shape", [("general_4x312", (4, 312, 12, 1200)), ("general_6x768", (6, 768, 12, 3072))]
+)
+def test_the_papers_students(name, shape):
+    """Jiao et al. 2019, section 4.1: bert-base into 4 x 312 (g(m) = 3m) and 6 x 768 (g(m) = 2m)."""
+    config = load_config(RunConfig, FOLDER / f"{name}.yaml")
+    (student,) = config.students
+    assert (student.layers, student.hidden_size, student.heads, student.intermediate_size) == shape
+    assert config.teacher.model == "bert-base-uncased" and config.train.epochs == 3
+    assert student.layer_map in ("uniform", [12 // student.layers * m for m in range(1, student.layers + 1)])
