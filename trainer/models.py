@@ -94,8 +94,15 @@ def load_teacher_config(config: TeacherConfig) -> PreTrainedConfig:
 
 
 def load_tokenizer(config: TeacherConfig) -> Any:
-    """Return the teacher's fast tokenizer; the students use the same one."""
-    return AutoTokenizer.from_pretrained(config.model, revision=config.revision)
+    """Return the teacher's fast tokenizer; the students use the same one.
+
+    Raises:
+        ValueError: it cannot be read.
+    """
+    try:
+        return AutoTokenizer.from_pretrained(config.model, revision=config.revision)
+    except (OSError, ValueError) as error:
+        raise ValueError(f"teacher.model={config.model!r} has no tokenizer to read: {error}") from error
 
 
 def load_teacher(config: TeacherConfig, device: torch.device) -> PreTrainedModel:
