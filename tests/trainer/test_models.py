@@ -1,0 +1,448 @@
+"""Teachers and students, against what transformers builds, loads and computes by itself."""
+
+import hashlib
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from torch import nn
+from transformers import AutoModel, BertForMaskedLM
+
+from configs.schema import Precision, Projection, TeacherConfig
+from sharding.stream import Batch
+from tests.trainer.tiny import (
+    ARCHITECTURES,
+    HEADS,
+    INNER,
+    LAYERS,
+    NO_SPECIAL_TOKENS,
+    VOCABULARY,
+    WIDTH,
+    rows,
+    tiny_config,
+    tiny_encoder,
+    tiny_student,
+)
+from trainer.capture import enable_capture
+from trainer.models import (
+    Inputs,
+    Student,
+    build_student,
+    check_students,
+    copy_layers,
+    load_encoder,
+    load_teacher,
+    load_teacher_config,
+    load_tokenizer,
+    parameters,
+    student_hf_config,
+    transfer,
+)
+
+CPU = torch.device("cpu")
+SAME_SIZE = {"layers": LAYERS, "hidden_size": WIDTH, "heads": HEADS, "intermediate_size": INNER}
+every_architecture = pytest.mark.parametrize("architecture", ARCHITECTURES)
+
+
+def transformer_layers(model: nn.Module) -> nn.ModuleList:
+    """The encoder's layers, by the path that each architecture gives them."""
+    for path in ("encoder.layer", "transformer.layer", "layers"):
+        try:
+            return model.get_submodule(path)
+        except AttributeError:
+            continue
+    raise AssertionError(type(model))
+
+
+def build(student, teacher_type: str = "bert", seed: int = 3, **settings) -> tuple[Student, nn.Module]:
+    teacher = tiny_encoder(teacher_type, **settings)
+    assert check_students([student], teacher.config, 64) == []
+    return build_student(student, teacher, teacher.config, seed), teacher
+
+
+@every_architecture
+@pytest.mark.parametrize("teacher", ARCHITECTURES)
+def test_a_student_has_the_shape_asked_for_and_reads_the_longest_rows(teacher, architecture):
+    own = None if architecture == teacher else architecture
+    config = tiny_student(architecture=own, projection=Projection.per_layer)
+    student, _ = build(config, teacher)
+    encoder = student.encoder
+    assert encoder.config.model_type == architecture and encoder.config.vocab_size == VOCABULARY
+    layers = transformer_layers(encoder)
+    assert len(layers) == 2
+    widths = {tuple(module.weight.shape) for module in layers.modules() if isinstance(module, nn.Linear)}
+    if architecture == "modernbert":  # query, key and value in one; input and gate in one
+        assert widths == {(72, 24), (24, 24), (80, 24), (24, 40)}
+    else:
+        assert widths == {(24, 24), (40, 24), (24, 40)}
+
+    ids_BS, mask_BS = rows(2, 64)
+    out = student(ids_BS, mask_BS, torch.zeros_like(ids_BS))
+    assert [tuple(x.shape) for x in out["hidden"]] == [(2, 64, WIDTH)] * 3
+    assert [tuple(x.shape) for x in out["queries"] + out["keys"]] == [(2, 2, 64, 12)] * 4
+    assert out["scalings"] == [12**-0.5] * 2
+    assert all(x.isfinite().all() for x in out["hidden"])
+
+
+def test_settings_of_the_teachers_depth_are_not_inherited():
+    teacher = tiny_config("modernbert")
+    assert len(teacher.layer_types) == LAYERS
+    config = student_hf_config(tiny_student(layers=3), teacher)
+    assert config.layer_types == ["full_attention", "sliding_attention", "sliding_attention"]
+    assert config.local_attention == 8  # of the architecture, not of the depth
+
+
+def test_settings_of_the_same_architecture_are_inherited_and_overridden():
+    teacher = tiny_config("bert", hidden_act="relu", layer_norm_eps=1e-5, hidden_dropout_prob=0.3)
+    config = student_hf_config(tiny_student(overrides={"hidden_dropout_prob": 0.0}), teacher)
+    assert (config.hidden_act, config.layer_norm_eps, config.hidden_dropout_prob) == ("relu", 1e-5, 0.0)
+    other = student_hf_config(tiny_student(architecture="electra"), teacher)
+    assert (other.hidden_act, other.layer_norm_eps, other.embedding_size) == ("gelu", 1e-12, 24)
+
+
+def test_a_student_of_another_architecture_keeps_only_the_teachers_special_tokens(caplog):
+    config = student_hf_config(tiny_student(architecture="modernbert"), tiny_config("bert"))
+    assert {key: getattr(config, key) for key in NO_SPECIAL_TOKENS} == NO_SPECIAL_TOKENS
+    assert config.pad_token_id == 0
+    assert (
+        student_hf_config(tiny_student(architecture="bert"), tiny_config("modernbert", pad_token_id=7))
+    ).pad_token_id == 7
+
+
+@pytest.mark.parametrize("architecture", ["bert", "roberta", "distilbert", "electra"])
+def test_layers_of_the_teacher_are_copied_exactly(architecture):
+    size = {**SAME_SIZE, "layers": 2}
+    student, teacher = build(
+        tiny_student(init="teacher", layer_map=[1, 4], projection=Projection.per_layer, **size), architecture
+    )
+    ours, theirs = transformer_layers(student.encoder), transformer_layers(teacher)
+    for own, source in zip(ours, (theirs[0], theirs[3]), strict=True):
+        assert own.state_dict().keys() == source.state_dict().keys()
+        for name, value in own.state_dict().items():
+            assert torch.equal(value, source.state_dict()[name]), name
+    embeddings = teacher.embeddings.state_dict()
+    assert len(embeddings) >= 4
+    for name, value in student.encoder.embeddings.state_dict().items():
+        assert torch.equal(value, embeddings[name]), name
+    assert len(student.projections) == 3
+    for projection in student.projections:
+        assert torch.equal(projection.weight, torch.eye(WIDTH))
+    # A copy: training the student leaves the teacher as it is.
+    before = teacher.state_dict()["embeddings.word_embeddings.weight"].clone()
+    with torch.no_grad():
+        for parameter in student.parameters():
+            parameter.add_(1)
+    assert torch.equal(teacher.state_dict()["embeddings.word_embeddings.weight"], before)
+
+
+@every_architecture
+def test_a_copy_of_all_layers_computes_what_the_teacher_computes(architecture):
+    student, teacher = build(tiny_student(init="teacher", **SAME_SIZE), architecture)
+    ids_BS, mask_BS = rows()
+    expected = teacher(input_ids=ids_BS, attention_mask=mask_BS.long(), output_hidden_states=True)
+    out = student.eval()(ids_BS, mask_BS, torch.zeros_like(ids_BS))
+    for ours, theirs in zip(out["hidden"], expected.hidden_states, strict=True):
+        torch.testing.assert_close(ours[mask_BS], theirs[mask_BS], atol=1e-6, rtol=1e-6)
+
+
+def test_a_layer_that_has_no_place_in_the_student_is_refused():
+    student = tiny_student(init="teacher", **{**SAME_SIZE, "layers": 2})
+    teacher = tiny_encoder("modernbert")
+    with pytest.raises(
+        ValueError, match="layer 1 cannot start from teacher layer 2: only one of them has attn_norm.weight"
+    ):
+        build_student(student, teacher, teacher.config, seed=0)
+    student.layer_map = [1, 4]
+    encoder = build_student(student, teacher, teacher.config, seed=0).encoder
+    assert torch.equal(encoder.final_norm.weight, teacher.final_norm.weight)
+    assert torch.equal(encoder.layers[1].mlp.Wi.weight, teacher.layers[3].mlp.Wi.weight)
+
+
+def test_copy_layers_takes_all_that_is_outside_the_layers():
+    teacher = tiny_encoder("electra")
+    encoder = tiny_encoder("electra", seed=9, num_hidden_layers=1)
+    copy_layers(encoder, teacher, [2])
+    assert torch.equal(encoder.embeddings_project.weight, teacher.embeddings_project.weight)
+    assert torch.equal(encoder.encoder.layer[0].attention.self.query.weight,
+                       teacher.encoder.layer[1].attention.self.query.weight)  # fmt: skip
+
+
+def test_a_student_from_a_folder(tmp_path):
+    source = tiny_encoder("bert", seed=11, num_hidden_layers=2, hidden_act="relu")
+    source.save_pretrained(tmp_path)
+    size = {**SAME_SIZE, "layers": 2, "init": str(tmp_path)}
+    student, _ = build(tiny_student(**size, overrides={"hidden_dropout_prob": 0.25}))
+    weights = {name: value for name, value in source.state_dict().items() if "pooler" not in name}
+    assert weights.keys() == student.encoder.state_dict().keys()
+    assert all(torch.equal(value, weights[name]) for name, value in student.encoder.state_dict().items())
+    assert student.encoder.config.hidden_act == "relu"  # of the pretrained encoder
+    dropouts = {module.p for module in student.encoder.embeddings.modules() if isinstance(module, nn.Dropout)}
+    assert dropouts == {0.25}
+    assert not torch.equal(student.projections[0].weight, torch.eye(WIDTH))
+
+
+@pytest.mark.parametrize(
+    "settings, said",
+    [
+        (
+            {"init": "teacher"},
+            "init='teacher' needs an encoder of the same shape, but: hidden_size 24 against 48, "
+            "num_attention_heads 2 against 4, intermediate_size 40 against 96; change the student's sizes",
+        ),
+        (
+            {**SAME_SIZE, "layers": 2, "init": "teacher", "architecture": "roberta"},
+            "model_type roberta against bert",
+        ),
+        (
+            {**SAME_SIZE, "init": "teacher", "overrides": {"max_position_embeddings": 72}},
+            "but: max_position_embeddings 72 against 64",
+        ),
+        ({"init": "/no/such/folder"}, "init='/no/such/folder' cannot be read as the folder or hub name"),
+        ({"architecture": "brt"}, "architecture='brt' is not one that transformers knows"),
+        ({"overrides": {"dropout_prob": 0}}, "overrides ['dropout_prob'] are not settings of a bert config"),
+        ({"overrides": {"num_hidden_layers": 3}}, "overrides ['num_hidden_layers'] follow from layers"),
+        (
+            {"architecture": "distilbert", "overrides": {"dim": 8}},
+            "overrides ['dim'] follow from layers, hidden_size",
+        ),
+        ({"overrides": {"hidden_dropout_prob": "lots"}}, "overrides do not make a bert config"),
+        ({"overrides": {"vocab_size": 100}}, "vocab_size 100 is below the teacher's 232"),
+        (
+            {"overrides": {"max_position_embeddings": 31}},
+            "the corpus has rows of 32 tokens, the student takes 31",
+        ),
+        ({"layer_map": [3, 5]}, "layer_map=[3, 5] names teacher layers [5], but they run from 1 to 4"),
+        ({"heads": 3}, "head"),
+    ],
+)
+def test_what_cannot_be_made_is_said_once(settings, said):
+    (problem,) = check_students([tiny_student(**settings)], tiny_config("bert"), 32)
+    assert problem.startswith("students.0 (s): ") and said in problem
+
+
+def test_a_folder_of_another_shape(tmp_path):
+    tiny_encoder("bert").save_pretrained(tmp_path)
+    (problem,) = check_students([tiny_student(init=str(tmp_path))], tiny_config("bert"), 32)
+    assert "hidden_size 24 against 48" in problem and "num_hidden_layers 2 against 4" in problem
+
+
+def test_problems_of_all_students_come_together():
+    students = [
+        tiny_student(name="a", layers=3),
+        tiny_student(name="fine"),
+        tiny_student(name="b", heads=3, overrides={"nonsense": 1}),
+    ]
+    found = check_students(students, tiny_config("bert"), 65)
+    assert [problem.split(":")[0] for problem in found] == [
+        "the corpus has rows of 65 tokens, the teacher takes 64",
+        "students.0 (a)",
+        "students.0 (a)",
+        "students.1 (fine)",
+        "students.2 (b)",
+        "students.2 (b)",
+    ]
+    assert "layer_map=uniform" in found[1] and "rows of 65 tokens, the student takes 64" in found[2]
+
+
+def test_roberta_has_no_place_for_the_first_positions():
+    teacher = tiny_config("roberta")
+    assert teacher.max_position_embeddings == 66
+    assert check_students([], teacher, 64) == []
+    assert check_students([], teacher, 65) == ["the corpus has rows of 65 tokens, the teacher takes 64"]
+    model = tiny_encoder("roberta")
+    ids_BS = torch.full((1, 65), 5)
+    assert model(input_ids=ids_BS[:, :64]).last_hidden_state.isfinite().all()
+    with pytest.raises((IndexError, RuntimeError), match="index"):
+        model(input_ids=ids_BS)
+
+
+def weights_of(module: nn.Module) -> list[torch.Tensor]:
+    return list(module.state_dict().values())
+
+
+def test_initial_weights_depend_on_the_seed_alone():
+    config = tiny_student()
+    teacher = tiny_encoder("bert")
+
+    def build_with(seed: int) -> list[torch.Tensor]:
+        return weights_of(build_student(config, teacher, teacher.config, seed))
+
+    torch.manual_seed(100)
+    first = build_with(3)
+    torch.rand(17)
+    build_with(4)
+    again, other = build_with(3), build_with(4)
+    assert all(torch.equal(a, b) for a, b in zip(first, again, strict=True))
+    differing = [not torch.equal(a, b) for a, b in zip(first, other, strict=True)]
+    assert sum(differing) > len(differing) / 3  # all but biases and norms
+
+
+def test_building_draws_nothing_from_the_global_generator():
+    teacher = tiny_encoder("bert")
+    torch.manual_seed(5)
+    expected = torch.rand(4)
+    torch.manual_seed(5)
+    build_student(tiny_student(), teacher, teacher.config, seed=5)
+    assert torch.equal(torch.rand(4), expected)
+
+
+@pytest.mark.parametrize(
+    "projection, of_layer",
+    [
+        (Projection.shared, [0, 0, 0, 0]),
+        (Projection.separate, [0, 1, 1, 1]),
+        (Projection.per_layer, [0, 1, 2, 3]),
+    ],
+)
+def test_projections_and_where_their_gradients_come_from(projection, of_layer):
+    student, _ = build(tiny_student(layers=3, layer_map=[1, 2, 4], projection=projection))
+    student.eval()
+    assert len(student.projections) == max(of_layer) + 1
+    assert all(tuple(module.weight.shape) == (WIDTH, 24) for module in student.projections)
+    assert parameters(student) == sum(value.numel() for value in student.encoder.parameters()) + (
+        WIDTH * 24 * len(student.projections)
+    )
+    ids_BS, mask_BS = rows()
+    plain = student.encoder(ids_BS, attention_mask=mask_BS, output_hidden_states=True).hidden_states
+    for layer, index in enumerate(of_layer):
+        student.zero_grad()
+        hidden = student(ids_BS, mask_BS, torch.zeros_like(ids_BS))["hidden"][layer]
+        torch.testing.assert_close(hidden, plain[layer] @ student.projections[index].weight.mT)
+        hidden.square().sum().backward()
+        reached = [module.weight.grad is not None for module in student.projections]
+        assert reached == [number == index for number in range(len(student.projections))]
+
+
+def test_inputs_of_a_batch_by_hand():
+    batch = Batch(
+        position=3,
+        ids_BS=torch.tensor([[2, 9, 3, 0, 0], [2, 9, 3, 8, 3], [2, 7, 6, 3, 0]]),
+        length_B=torch.tensor([3, 5, 4]),
+        segment_B=torch.tensor([3, 3, 4]),
+    )
+    inputs = Inputs.of(batch, slice(0, 2), CPU)
+    assert inputs.ids_BS.tolist() == [[2, 9, 3, 0, 0], [2, 9, 3, 8, 3]]
+    assert inputs.mask_BS.tolist() == [[True, True, True, False, False], [True] * 5]
+    assert inputs.token_type_BS.tolist() == [[0, 0, 0, 0, 0], [0, 0, 0, 1, 1]]
+    assert (inputs.mask_BS.dtype, inputs.token_type_BS.dtype) == (torch.bool, torch.int64)
+    assert Inputs.of(batch, slice(2, 4), CPU).mask_BS.tolist() == [[True, True, True, True, False]]
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    """A saved BERT with its pooler."""
+    tiny_encoder("bert").save_pretrained(tmp_path / "teacher")
+    return tmp_path / "teacher"
+
+
+@pytest.mark.parametrize("precision", Precision)
+def test_a_teacher_is_ready_to_be_read_and_never_to_be_trained(folder, precision):
+    teacher = load_teacher(TeacherConfig(model=str(folder), precision=precision), CPU)
+    assert {value.dtype for value in teacher.parameters()} == {getattr(torch, {"fp32": "float32",
+        "bf16": "bfloat16", "fp16": "float16"}[precision.value])}  # fmt: skip
+    assert not any(module.training for module in teacher.modules())
+    assert not any(value.requires_grad for value in teacher.parameters())
+    assert not [name for name, _ in teacher.named_parameters() if "pooler" in name]
+    stored = load_file(folder / "model.safetensors")
+    for name, value in teacher.state_dict().items():
+        assert torch.equal(value, stored[name].to(value.dtype)), name
+    if precision is Precision.fp32:
+        ids_BS, mask_BS = rows()
+        expected = AutoModel.from_pretrained(folder).eval()(ids_BS, attention_mask=mask_BS).last_hidden_state
+        assert torch.equal(teacher(ids_BS, attention_mask=mask_BS).last_hidden_state, expected)
+
+
+def test_the_checksum_of_the_weights(folder):
+    digest = hashlib.sha256((folder / "model.safetensors").read_bytes()).hexdigest()
+    load_teacher(TeacherConfig(model=str(folder), sha256=digest), CPU)
+    with pytest.raises(ValueError, match=f"teacher.sha256={'0' * 64} does not match .*{digest}"):
+        load_teacher(TeacherConfig(model=str(folder), sha256="0" * 64), CPU)
+    data = bytearray((folder / "model.safetensors").read_bytes())
+    data[-1] ^= 1
+    (folder / "model.safetensors").write_bytes(data)
+    with pytest.raises(ValueError, match="the file is damaged or another model"):
+        load_teacher(TeacherConfig(model=str(folder), sha256=digest), CPU)
+    (folder / "model.safetensors").unlink()
+    with pytest.raises(ValueError, match="teacher.sha256 is set, but .*model.safetensors does not exist"):
+        load_teacher(TeacherConfig(model=str(folder), sha256=digest), CPU)
+
+
+def test_weights_that_the_file_lacks_are_no_teacher(folder):
+    weights = load_file(folder / "model.safetensors")
+    lacking = {name: value for name, value in weights.items() if "layer.3.output.dense" not in name}
+    save_file(lacking, folder / "model.safetensors", metadata={"format": "pt"})
+    with pytest.raises(
+        ValueError, match="lacks 2 weights of a bert encoder, such as encoder.layer.3.output.dense.bias"
+    ):
+        load_teacher(TeacherConfig(model=str(folder)), CPU)
+
+
+def test_an_encoder_is_found_inside_a_model_with_a_head(tmp_path, capfd, caplog):
+    model = BertForMaskedLM(tiny_config("bert"))
+    model.save_pretrained(tmp_path)
+    capfd.readouterr()
+    encoder = load_encoder(str(tmp_path), dtype=torch.float32)
+    assert all(
+        torch.equal(value, model.bert.state_dict()[name]) for name, value in encoder.state_dict().items()
+    )
+    assert capfd.readouterr() == ("", "") and not caplog.records
+
+
+def test_folders_that_are_no_teacher(tmp_path, folder):
+    missing = TeacherConfig(model=str(tmp_path / "none"))
+    for load in (load_teacher_config, lambda config: load_teacher(config, CPU)):
+        with pytest.raises(ValueError, match="none' cannot be read as the folder or hub name of an encoder"):
+            load(missing)
+    with pytest.raises(ValueError, match="teacher.model=.*none' has no tokenizer to read"):
+        load_tokenizer(missing)
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps({**config, "model_type": "brt"}))
+    with pytest.raises(
+        ValueError, match="teacher.model=.* cannot be read as the folder or hub name of an enc"
+    ):
+        load_teacher_config(TeacherConfig(model=str(folder)))
+    (folder / "config.json").write_text(json.dumps(config))
+    weights = folder / "model.safetensors"
+    weights.write_bytes(weights.read_bytes()[:-100])
+    with pytest.raises(ValueError, match="the weights of .*teacher cannot be read"):
+        load_teacher(TeacherConfig(model=str(folder)), CPU)
+    weights.unlink()
+    with pytest.raises(ValueError, match="(?s)the weights of .*teacher cannot be read: .*model.safetensors"):
+        load_teacher(TeacherConfig(model=str(folder)), CPU)
+
+
+def test_a_teacher_whose_attention_cannot_be_captured(tmp_path):
+    shape = {"hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 16}
+    from transformers import MPNetConfig, MPNetModel
+
+    MPNetModel(MPNetConfig(vocab_size=20, **shape)).save_pretrained(tmp_path)
+    with pytest.raises(ValueError, match="'mpnet' .* does not route its attention"):
+        load_teacher(TeacherConfig(model=str(tmp_path)), CPU)
+
+
+def test_the_tokenizer_is_the_teachers(tiny_tokenizer):
+    tokenizer = load_tokenizer(TeacherConfig(model=str(tiny_tokenizer)))
+    assert tokenizer.is_fast and tokenizer("bade").input_ids == [2, tokenizer.vocab["bade"], 3]
+
+
+def test_transfer_resolves_what_a_student_learns():
+    student = tiny_student(layer_map="uniform", heads=2)
+    student.losses.layers, student.losses.attention = [0.5, 2.0], 3.0
+    resolved = transfer(student, tiny_config("bert"))
+    assert (resolved.layer_map, resolved.relation_heads) == ((2, 4), 2)
+    assert (resolved.embedding, resolved.hidden, resolved.attention) == (1.0, 1.0, 3.0)
+    assert resolved.layers == (0.5, 2.0)
+    assert transfer(tiny_student(), tiny_config("bert")).layers == (1.0, 1.0)
+    student.losses.relation_heads = 3
+    with pytest.raises(ValueError, match="relation_heads"):
+        transfer(student, tiny_config("bert"))
+
+
+def test_a_student_is_ready_to_be_captured():
+    student, teacher = build(tiny_student())
+    enable_capture(teacher)
+    assert student.encoder.config._attn_implementation == teacher.config._attn_implementation
+    assert {value.dtype for value in student.parameters()} == {torch.float32}
+    assert not [name for name, _ in student.named_parameters() if "pooler" in name]
