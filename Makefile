@@ -43,6 +43,7 @@ format: $(INSTALLED) ## Rewrite the sources in the house's format
 	$(BIN)/ruff check --fix .
 
 ui: $(INSTALLED) ## Open MLflow on the demo's store (STORE=sqlite:///... and PORT=... for another)
+	@echo "open http://127.0.0.1:$(PORT)/#/experiments?workflowType=machine_learning"
 	MLFLOW_DISABLE_TELEMETRY=true MLFLOW_SERVER_ENABLE_JOB_EXECUTION=false $(BIN)/mlflow ui --backend-store-uri $(STORE) \
 		--host 127.0.0.1 --port $(PORT) --workers 1
 

@@ -84,7 +84,7 @@ def distil(config: RunConfig) -> None:
     world.connect(place, os.environ, COLLECTIVE_TIMEOUT)
     engine.attach()
 
-    newest = world.on_main(place, lambda: prepare_folder(config, corpus))
+    newest = world.on_main(place, lambda: prepare_folder(config, corpus, place))
     resumed = checkpoints.load(newest) if newest is not None else None
     tracked: Tracked | None = None
     if config.tracking.enabled:
@@ -141,7 +141,7 @@ def check(config: RunConfig, place: World) -> Corpus:
     return corpus
 
 
-def prepare_folder(config: RunConfig, corpus: Corpus) -> Path | None:
+def prepare_folder(config: RunConfig, corpus: Corpus, place: World) -> Path | None:
     """Make the run folder and return the newest checkpoint in it; None for a new run (rank 0).
 
     Raises:
@@ -153,12 +153,15 @@ def prepare_folder(config: RunConfig, corpus: Corpus) -> Path | None:
     if newest is not None:
         checkpoints.check_same_run(newest, to_dict(config), corpus.fingerprint, checkpoints.load(newest))
     folder.mkdir(parents=True, exist_ok=True)
-    (folder / "config.yaml").write_text(to_yaml(config), encoding="utf-8")
+    pinned = place.device.type == "cuda"
+    engines = {student.name: derive(config, student, place.size, pinned) for student in config.students}
     origin = {
         "command": provenance.command(),
         "revision": provenance.revision(),
         "versions": provenance.versions(),
     }
+    (folder / "config.yaml").write_text(to_yaml(config), encoding="utf-8")
+    (folder / "deepspeed.json").write_text(json.dumps(engines, indent=1) + "\n", encoding="utf-8")
     (folder / "origin.json").write_text(json.dumps(origin, indent=1) + "\n", encoding="utf-8")
     (folder / "changes.diff").write_text(provenance.changes(), encoding="utf-8")
     return newest
@@ -269,8 +272,8 @@ def finish(run: Run, reporter: Reporter, wall_s: float) -> None:
         summary |= {"wall_s": wall_s, "rows_per_s": run.speed.total_rows / run.speed.total_s}
         (folder / "summary.json").write_text(json.dumps(summary, indent=1) + "\n", encoding="utf-8")
     if reporter.tracked is not None:
-        for name in ("config.yaml", "origin.json", "changes.diff", "summary.json"):
-            reporter.tracked.run.log_text((folder / name).read_text(encoding="utf-8"), name)
+        reporter.tracked.log_file(folder / "summary.json")
+        reporter.tracked.log_file(folder / "evaluations.jsonl")
     log.info("done in %s. Load a student with AutoModel.from_pretrained(%r)", duration(wall_s), str(path))
 
 

@@ -40,21 +40,30 @@ class Tracked:
             "default_folder": Path(config.output).parent / "mlflow",
             "experiment": settings.experiment,
         }
-        tags = {"mlflow.source.git.commit": provenance.revision(), "stage": "general", **settings.tags}
+        tags = {
+            "mlflow.source.name": "launcher/general.py",
+            "mlflow.source.git.commit": provenance.revision(),
+            "stage": "general",
+            **settings.tags,
+        }
         run = TrackedRun.start(
             **common,
             name=settings.run_name or config.name,
             run_id=run_ids.get(""),
             params=flatten(to_dict(config)),
             tags=tags,
-            description=f"General distillation of {config.teacher.model} on {config.data.corpus}",
+            description=f"General distillation of `{config.teacher.model}` on `{config.data.corpus}` into "
+            + ", ".join(student.name for student in config.students),
             system_metrics=settings.system_metrics,
         )
         split = corpus.split("train")
         profile = {"documents": split.documents, "rows": split.rows, "tokens": split.tokens}
         run.log_dataset(corpus.root.name, corpus.fingerprint, str(corpus.root.resolve()), profile)
+        tracked = cls(run, [run])
+        for name in ("config.yaml", "deepspeed.json", "origin.json", "changes.diff"):
+            tracked.log_file(Path(config.output) / name)
         if len(config.students) == 1:
-            return cls(run, [run])
+            return tracked
         children = [
             TrackedRun.start(
                 **common,
@@ -67,6 +76,11 @@ class Tracked:
             for student in config.students
         ]
         return cls(run, children)
+
+    def log_file(self, path: Path) -> None:
+        """Queue a text file of the run folder as an artifact; one that is not there or empty is left out."""
+        if path.is_file() and path.stat().st_size:
+            self.run.log_text(path.read_text(encoding="utf-8"), path.name)
 
     def run_ids(self, config: RunConfig) -> dict[str, str]:
         """Return what a checkpoint keeps to continue these runs."""

@@ -43,6 +43,8 @@ HTTP_DEFAULTS = {
 }
 MAX_BATCH_PARAMS, MAX_PARAM_CHARS, MAX_KEY_CHARS, MAX_DIGEST_CHARS = 100, 6000, 250, 36  # MLflow's limits
 
+TRAINING_KIND = {"mlflow.experimentKind": "custom_model_development"}  # not GenAI
+
 
 class TrackingError(ValueError):
     """The tracking store cannot be used as configured; the message says what happened and the way out."""
@@ -169,7 +171,8 @@ class Run:
         """Where a person looks at the run: its page on the server, or the command that shows the store."""
         uri = _public(self._uri)
         if uri.startswith("http"):
-            return f"{uri.rstrip('/')}/#/experiments/{self._experiment_id}/runs/{self.id}"
+            page = f"/#/experiments/{self._experiment_id}/runs/{self.id}"
+            return f"{uri.rstrip('/')}{page}?workflowType=machine_learning"  # else MLflow 3 opens on GenAI
         return f"make ui STORE={uri}"
 
     def log_metrics(self, metrics: Mapping[str, float], step: int) -> None:
@@ -279,7 +282,7 @@ def _experiment_id(client: MlflowClient, name: str, artifact_folder: str | None)
     found = client.get_experiment_by_name(name)
     if found is None:
         try:
-            return client.create_experiment(name, artifact_location=artifact_folder)
+            return client.create_experiment(name, artifact_location=artifact_folder, tags=TRAINING_KIND)
         except MlflowException:
             found = client.get_experiment_by_name(name)  # another job may have made it meanwhile
             if found is None:
