@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from sharding.files import install_folder, sha256
+from sharding.files import install_folder, new_folder, sha256, sync
 
 
 def folder_of(path: Path, text: str) -> Path:
@@ -48,7 +48,45 @@ def test_whatever_step_fails_one_complete_folder_is_left(
         assert sorted(file.read_text() for file in root.rglob("file")) == ["new", "old"]
 
 
+def test_a_new_folder_appears_when_it_is_filled(tmp_path: Path) -> None:
+    final = tmp_path / "deep" / "final"
+    for text in ("first", "second"):
+        with new_folder(final) as partial:
+            assert partial.parent == final.parent and list(partial.iterdir()) == []
+            (partial / "file").write_text(text)
+            assert final.exists() == (text == "second")
+        assert (final / "file").read_text() == text
+        assert list(final.parent.iterdir()) == [final]
+
+
+@pytest.mark.parametrize("error", [OSError("no space"), KeyboardInterrupt(), SystemExit(1)])
+def test_a_new_folder_that_fails_leaves_what_was_there(tmp_path: Path, error: BaseException) -> None:
+    final = folder_of(tmp_path / "final", "old")
+    with pytest.raises(type(error)), new_folder(final) as partial:
+        (partial / "file").write_text("half")
+        raise error
+    assert (final / "file").read_text() == "old" and list(tmp_path.iterdir()) == [final]
+
+
+def test_what_a_killed_process_left_is_not_mixed_in(tmp_path: Path) -> None:
+    folder_of(tmp_path / ".final.partial", "stale")
+    folder_of(tmp_path / ".final.replaced", "older")
+    folder_of(tmp_path / "final", "old")
+    with new_folder(tmp_path / "final") as partial:
+        (partial / "other").write_text("new")
+    assert [path.name for path in tmp_path.rglob("*")] == ["final", "other"]
+
+
+def test_sync_takes_files_and_folders(tmp_path: Path) -> None:
+    sync(folder_of(tmp_path / "folder", "text"))
+    sync(tmp_path / "folder" / "file")
+    with pytest.raises(FileNotFoundError):
+        sync(tmp_path / "none")
+
+
 def test_sha256(tmp_path: Path) -> None:
-    content = bytes(range(256)) * 10_000
+    content = bytes(range(256)) * 10_000  # longer than what is read at once
     (tmp_path / "file").write_bytes(content)
     assert sha256(tmp_path / "file") == hashlib.sha256(content).hexdigest()
+    (tmp_path / "empty").touch()
+    assert sha256(tmp_path / "empty").startswith("e3b0c44298fc1c14")  # FIPS 180-4's value for no input

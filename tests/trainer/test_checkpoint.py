@@ -1,4 +1,4 @@
-"""Checkpoints: what is read is what was written, and neither damage, nor a kill, nor a full disk hurts others."""
+"""Checkpoints: what is read is what was written; damage, a kill or a full disk harms no other one."""
 
 import copy
 import os
@@ -168,7 +168,7 @@ CHANGES = {"os.mkdir", "os.rename", "os.remove", "os.rmdir"}
 
 
 def save_and_die(folder: Path, step: int, changes: int) -> bool:
-    """Save in a process that is killed before it changes the disk once more; True when it lived to the end."""
+    """Save in a process that is killed after so many changes of the disk; True when it lived to the end."""
     child = os.fork()
     if child == 0:
         left = changes
@@ -191,7 +191,7 @@ def save_and_die(folder: Path, step: int, changes: int) -> bool:
 
 @pytest.mark.parametrize("there", [(1, 2), (2, 3)], ids=["a new step", "a step saved before"])
 def test_a_kill_at_any_instant_leaves_only_complete_ones(tmp_path, there):
-    """Before every folder made, file opened for writing, name changed and thing removed, in turn, by SIGKILL."""
+    """By SIGKILL, before every folder made, file opened for writing, name changed and thing removed."""
     template = tmp_path / "template"
     for step in there:
         save(template, checkpoint(step), keep_last=2)

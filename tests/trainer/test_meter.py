@@ -1,0 +1,120 @@
+"""Meters: means by hand, also over ranks, and figures by hand."""
+
+import time
+from pathlib import Path
+
+import pytest
+import torch
+import torch.distributed as dist
+from torch import tensor
+
+from sharding.stream import Batch
+from trainer.meter import LossMeter, SpeedMeter
+from trainer.world import World
+
+CPU = torch.device("cpu")
+ALONE = World(0, 1, 0, 1, CPU)
+
+
+@pytest.fixture
+def group(tmp_path: Path):
+    """A process group of one rank."""
+    dist.init_process_group("gloo", init_method=f"file://{tmp_path}/meet", rank=0, world_size=1)
+    yield
+    dist.destroy_process_group()
+
+
+def test_the_mean_over_steps_by_hand(group):
+    """Step 1: (6 + 2) / 8 and (10 + 5) / 5; step 2: (1 + 1) / 4 and 4 / 8."""
+    meter = LossMeter()
+    meter.add({"embedding": tensor(6.0), "hidden/1": tensor(10.0)}, {"embedding": 8.0, "hidden/1": 5.0})
+    meter.add({"embedding": tensor(2.0), "hidden/1": tensor(5.0)}, {"embedding": 8.0, "hidden/1": 5.0})
+    meter.add({"embedding": tensor(1.0), "hidden/1": tensor(4.0)}, {"embedding": 4.0, "hidden/1": 8.0})
+    meter.add({"embedding": tensor(1.0), "hidden/1": tensor(0.0)}, {"embedding": 4.0, "hidden/1": 8.0})
+    means = meter.means({"embedding": 2.0, "hidden/1": 0.5}, steps=2)
+    assert list(means) == ["total", "embedding", "hidden/1"]
+    assert means == {"total": 2 * 0.75 + 0.5 * 1.75, "embedding": 0.75, "hidden/1": 1.75}
+
+
+def test_the_next_span_starts_from_nothing(group):
+    meter = LossMeter()
+    meter.add({"x": tensor(8.0)}, {"x": 2.0})
+    assert meter.means({"x": 1.0}, steps=1) == {"total": 4.0, "x": 4.0}
+    meter.add({"x": tensor(2.0)}, {"x": 2.0})
+    assert meter.means({"x": 1.0}, steps=1) == {"total": 1.0, "x": 1.0}
+
+
+def test_small_shares_are_not_lost_beside_large_ones(group):
+    """In float32 each of 1,000 shares of 1e-8 would vanish beside 1."""
+    meter = LossMeter()
+    meter.add({"x": tensor(1.0)}, {"x": 1.0})
+    for _ in range(1000):
+        meter.add({"x": tensor(1e-5)}, {"x": 1000.0})
+    assert meter.means({"x": 1.0}, steps=1)["x"] == pytest.approx(1 + 1e-5, abs=1e-9)
+
+
+def test_a_loss_that_is_not_finite_is_seen(group):
+    meter = LossMeter()
+    meter.add({"x": tensor(float("nan"))}, {"x": 1.0})
+    meter.add({"x": tensor(1.0)}, {"x": 1.0})
+    assert str(meter.means({"x": 1.0}, steps=2)["x"]) == "nan"
+
+
+def test_no_graph_is_kept_alive(group):
+    meter = LossMeter()
+    loss = torch.ones((), requires_grad=True) * 2
+    meter.add({"x": loss}, {"x": 1.0})
+    assert not meter.shares["x"].requires_grad
+
+
+@pytest.mark.parametrize("size", [1, 4])
+def test_figures_by_hand(size):
+    """Two steps of 8 rows in 4 s, 1 s of it waiting; 10 GFLOP and 0.2 s of matrix time a row."""
+    meter = SpeedMeter(flops_per_row=10e9, floor_s_per_row=0.2)
+    meter.rows, meter.tokens, meter.steps, meter.span_s, meter.wait_s = 16, 1000, 2, 4.0, 1.0
+    world = World(0, size, 0, size, CPU)
+    figures = meter.report(rows_left=40, world=world)
+    memory_gib = figures.pop("memory/peak_gib")
+    assert figures == pytest.approx(
+        {
+            "speed/rows_per_s": 4.0,
+            "speed/tokens_per_s": 250.0,
+            "speed/step_s": 2.0,
+            "speed/tflops_per_rank": 0.04 / size,
+            "speed/mfu": 0.8 / size,
+            "data/wait_s": 0.5,
+            "data/wait_share": 0.25,
+            "time/eta_s": 10.0,
+        }
+    )
+    assert 0.05 < memory_gib < 100
+    # The next span has its own speed; the time left goes by both: 32 rows in 6 s.
+    meter.rows, meter.tokens, meter.steps, meter.span_s = 16, 600, 1, 2.0
+    figures = meter.report(rows_left=32, world=world)
+    assert figures["speed/rows_per_s"] == 8.0 and figures["data/wait_s"] == 0.0
+    assert figures["time/eta_s"] == 6.0 and (meter.total_rows, meter.total_s) == (32, 6.0)
+    assert (meter.rows, meter.tokens, meter.steps, meter.span_s, meter.wait_s) == (0, 0, 0, 0.0, 0.0)
+
+
+def test_time_outside_steps_is_left_out(monkeypatch):
+    """A clock by hand: waits of 2, steps of 3 after them; 100 between the steps counts nowhere."""
+    now = 0.0
+    monkeypatch.setattr(time, "perf_counter", lambda: now)
+    meter = SpeedMeter(flops_per_row=1.0, floor_s_per_row=1.0)
+    batches = [Batch(position, *(tensor([1]),) * 3) for position in (1, 2, 3)]
+
+    def read():
+        nonlocal now
+        for batch in batches:
+            now += 2.0
+            yield batch
+
+    seen = []
+    for batch in meter.timed(read()):
+        seen.append(batch)
+        now += 3.0
+        meter.add(rows=8, tokens=50)
+        now += 100.0  # evaluation, saving
+    assert all(got is batch for got, batch in zip(seen, batches, strict=True))
+    assert (meter.span_s, meter.wait_s) == (15.0, 6.0)
+    assert (meter.rows, meter.tokens, meter.steps) == (24, 150, 3)
