@@ -146,8 +146,8 @@ def _handle_non_finite(run: Run, trainee: Trainee, result: StepResult) -> None:
         raise NonFiniteError(
             f"student {trainee.config.name}: the loss or gradient of step {run.progress.step + 1} "
             f"(rows from {run.progress.rows}) is not finite, {trainee.skipped_in_a_row} steps in a row; "
-            "the weights are as before. Lower students.N.optimizer.lr, set max_grad_norm, or leave such steps out "
-            "with train.non_finite=skip; started again, the run resumes from its newest checkpoint"
+            "the weights are as before. Lower students.N.optimizer.lr, set max_grad_norm, or leave such "
+            "steps out with train.non_finite=skip; started again, the run resumes from its newest checkpoint"
         )
 
 

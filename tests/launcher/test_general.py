@@ -1,5 +1,6 @@
 """Whole runs of launcher/general.py as real processes under real launchers."""
 
+import json
 import math
 import os
 import signal
@@ -163,6 +164,35 @@ def test_what_a_user_did_wrong_ends_in_a_message(
     assert message in done.stderr
     assert "Traceback" not in done.stderr
     assert not list(Path(run_config["output"]).glob("checkpoints/*"))
+
+
+def test_the_wrong_tokenizer_for_a_corpus(
+    run_config: dict[str, Any], general: Launch, tmp_path: Path
+) -> None:
+    """The same vocabulary, but cased: every id is known, and every other word would be wrong."""
+    other = tmp_path / "cased"
+    subprocess.run(["cp", "-r", run_config["teacher"]["model"], other], check=True)
+    backend = json.loads((other / "tokenizer.json").read_text(encoding="utf-8"))
+    backend["normalizer"]["lowercase"] = False
+    (other / "tokenizer.json").write_text(json.dumps(backend), encoding="utf-8")
+    done = general(run_config, f"teacher.model={other}")
+    assert done.returncode == 2
+    assert "tokenizer" in done.stderr and "build" in done.stderr
+    assert not Path(run_config["output"]).exists()
+
+
+@pytest.mark.parametrize("precision", ["bf16", "fp16"])
+def test_a_teacher_in_half_precision_teaches_nearly_the_same(
+    run_config: dict[str, Any], general: Launch, precision: str
+) -> None:
+    output = run_config["output"]
+    settings = ["train.steps=2", "evaluation.every_steps=2"]
+    assert general(run_config, f"output={output}-fp32", *settings).returncode == 0
+    done = general(run_config, *settings, f"teacher.precision={precision}")
+    assert done.returncode == 0, done.stderr
+    for found, exact in zip(evaluations(output), evaluations(f"{output}-fp32"), strict=True):
+        assert found["losses"] == pytest.approx(exact["losses"], rel=1e-2)
+        assert found["losses"] != exact["losses"]
 
 
 def test_another_corpus_or_student_is_not_the_same_run(run_config: dict[str, Any], general: Launch) -> None:

@@ -17,6 +17,7 @@ from trainer.engine import MOMENTS
 ROOT = Path(__file__).resolve().parents[2]
 CPU = {"device": "cpu", "pin_memory": False}
 BF16 = {"bf16": {"enabled": True}, "data_types": {"grad_accum_dtype": "fp32"}}
+FP16 = {"fp16": {"enabled": True, "initial_scale_power": 10}}
 
 pytestmark = pytest.mark.network_of_ranks
 
@@ -39,9 +40,13 @@ EXACT = [
     case("zero3-offload", 3, offload_optimizer=CPU, offload_param=CPU),
 ]
 DROPOUT = [case(f"zero{stage}-dropout", stage, dropout=0.1) for stage in range(4)]
-LOW = [case(f"zero{stage}-bf16", stage) for stage in (1, 2, 3)]
+LOW = [
+    case(f"zero{stage}-{name}", stage) | {"precision": precision}
+    for stage in (1, 2, 3)
+    for name, precision in {"bf16": BF16, "fp16": FP16}.items()
+]
 for low in LOW:
-    low["deepspeed"] |= BF16
+    low["deepspeed"] |= low.pop("precision")
 ALL = {2: EXACT + DROPOUT + LOW, 1: EXACT[:4], 3: EXACT[:4]}
 
 
@@ -109,10 +114,10 @@ def test_it_trains_as_plain_torch_does(
 
 
 @pytest.mark.parametrize(("ranks", "name"), every(LOW))
-def test_bfloat16_stays_near(
+def test_half_precision_stays_near(
     results: dict[int, dict[str, Any]], reference: list[dict[str, float]], ranks: int, name: str
 ) -> None:
-    """Within bfloat16's 8 bits; a micro batch counted twice would be off by far more."""
+    """Within 8 bits; a micro batch counted twice would be off by far more."""
     steps = results[ranks][name]["start"] + results[ranks][name]["end"]
     for step, expected in zip(steps, reference, strict=True):
         assert step["loss"] == pytest.approx(expected["loss"], rel=1e-2)
@@ -125,6 +130,8 @@ def test_a_restored_state_continues_bitwise(
 ) -> None:
     found = results[ranks][name]
     assert found["updates"] == 3
+    assert found["loss_scale"][0] == found["loss_scale"][1]
+    assert bool(found["loss_scale"][0]) == name.endswith("fp16")
     assert found["restored"], "the state read back differs from the one that was set"
     assert found["again"] == found["end"]
     assert found["bitwise"], "the weights after the same steps differ"
