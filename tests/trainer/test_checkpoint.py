@@ -119,6 +119,22 @@ def test_older_ones_go_only_after_the_newer_one_is_complete(tmp_path):
     assert_equal(load(tmp_path / "step-00000001"), checkpoint(1))
 
 
+def test_everything_is_on_disk_before_it_bears_its_name(tmp_path, monkeypatch):
+    """Read off the descriptors that reach ``os.fsync``, which still runs."""
+    flushed, fsync = [], os.fsync
+
+    def record(descriptor: int) -> None:
+        flushed.append(os.readlink(f"/proc/self/fd/{descriptor}"))
+        fsync(descriptor)
+
+    monkeypatch.setattr(os, "fsync", record)
+    final = save(tmp_path, checkpoint(1), keep_last=1)
+    partial = f"{tmp_path}/.step-00000001.partial"
+    inside = {str(path).replace(str(final), partial) for path in final.rglob("*")}
+    assert set(flushed) == {*inside, partial, str(tmp_path)}
+    assert flushed[-3:] == [f"{partial}/files.json", partial, str(tmp_path)]  # listed last, then named
+
+
 def test_a_checkpoint_of_the_same_step_is_replaced(tmp_path):
     save(tmp_path, checkpoint(1), keep_last=2)
     newer = replace(checkpoint(1, numbers=7), revision="newer")
