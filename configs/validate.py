@@ -3,6 +3,7 @@
 What needs the world's size, the teacher or the corpus is checked by the launcher once these are known.
 """
 
+import math
 import re
 from collections import Counter
 
@@ -164,8 +165,8 @@ def _check_losses(prefix: str, student: StudentConfig) -> list[str]:
 def _check_optimizer(prefix: str, optimizer: OptimizerConfig) -> list[str]:
     prefix = f"{prefix}.optimizer"
     problems = []
-    if not optimizer.lr > 0:
-        problems.append(f"{prefix}.lr={optimizer.lr} must be above 0")
+    if not 0 < optimizer.lr < math.inf:
+        problems.append(f"{prefix}.lr={optimizer.lr} must be above 0 and finite")
     if len(optimizer.betas) != 2 or not all(0 <= beta < 1 for beta in optimizer.betas):
         problems.append(f"{prefix}.betas={optimizer.betas} must be two numbers, at least 0 and below 1")
     if not optimizer.eps > 0:

@@ -31,7 +31,7 @@ from configs.load import ConfigError, load_config
 from configs.schema import Precision, RunConfig, StudentConfig, TeacherConfig
 from launcher.reporting import by_kind, duration
 from sharding.manifest import Corpus, open_corpus
-from trainer import models, world
+from trainer import encoders, models, shapes, world
 from trainer.capture import Captured, capture
 from trainer.evaluation import evaluate
 from trainer.models import Inputs
@@ -116,11 +116,11 @@ def compare(config: RunConfig) -> tuple[Table, float]:
     """Return the table of held-out losses, parameters and speed, and the share by which the loss fell."""
     student, corpus = config.students[0], open_corpus(config.data.corpus)
     untrained, distilled = recorded_losses(Path(config.output) / "evaluations.jsonl")
-    teacher_config = models.load_teacher_config(config.teacher)
+    teacher_config = encoders.load_teacher_config(config.teacher)
     layered, layered_losses = teacher_layers(config, student, corpus)
     full = TeacherConfig(config.teacher.model, config.teacher.revision, precision=Precision.fp32)
-    teacher = models.load_teacher(full, torch.device("cpu"))
-    exported = models.load_encoder(str(Path(config.output) / "export" / student.name)).eval()
+    teacher = encoders.load_teacher(full, torch.device("cpu"))
+    exported = encoders.load_encoder(str(Path(config.output) / "export" / student.name)).eval()
     seq_len = corpus.manifest.seq_len
     teacher_speed, student_speed = rows_per_s([teacher, exported], seq_len)
 
@@ -151,8 +151,8 @@ def teacher_layers(config: RunConfig, student: StudentConfig, corpus: Corpus) ->
     place = world.World(rank=0, size=1, local_rank=0, local_size=1, device=torch.device("cpu"))
     world.connect(place, {}, timedelta(minutes=5))
     try:
-        hf_config = models.load_teacher_config(config.teacher)
-        teacher = models.load_teacher(config.teacher, place.device)
+        hf_config = encoders.load_teacher_config(config.teacher)
+        teacher = encoders.load_teacher(config.teacher, place.device)
         wide = replace(
             student,
             hidden_size=hf_config.hidden_size,
@@ -170,7 +170,7 @@ def teacher_layers(config: RunConfig, student: StudentConfig, corpus: Corpus) ->
 
         losses = evaluate(
             teach,
-            [(learn, models.transfer(wide, hf_config))],
+            [(learn, shapes.transfer(wide, hf_config))],
             hf_config.hidden_size,
             corpus,
             config.evaluation.rows,

@@ -30,7 +30,7 @@ from launcher.reporting import Reporter, Tracked, duration
 from sharding.manifest import Corpus, open_corpus
 from sharding.tokens import check_tokenizer
 from trainer import checkpoint as checkpoints
-from trainer import engine, models, world
+from trainer import encoders, engine, shapes, world
 from trainer.capture import Captured, capture, check_supported
 from trainer.checkpoint import Checkpoint, Progress
 from trainer.export import export
@@ -38,7 +38,7 @@ from trainer.flops import encoder_forward_flops, matrix_rate
 from trainer.loop import NonFiniteError, Run, Trainee, total_steps, train
 from trainer.losses import needed_layers
 from trainer.meter import SpeedMeter
-from trainer.models import Inputs
+from trainer.models import Inputs, build_student
 from trainer.world import World
 
 log = logging.getLogger("distil")
@@ -63,11 +63,11 @@ def main() -> int:
         logging.getLogger(chatty).setLevel(logging.WARNING)
     try:
         distil(load_config(RunConfig, arguments.config, arguments.overrides))
-    except (ValueError, NonFiniteError) as error:
+    except (ValueError, OSError, NonFiniteError) as error:
         alone = dist.is_initialized() and not isinstance(error, NonFiniteError)
         if is_main or alone:  # before the ranks meet, and for what all of them see, one message is enough
             print(f"\nerror: {error}", file=sys.stderr, flush=True)
-        return 1 if isinstance(error, NonFiniteError) else 2
+        return 2 if isinstance(error, ValueError) else 1
     finally:
         if dist.is_initialized():
             dist.destroy_process_group()
@@ -126,15 +126,15 @@ def check(config: RunConfig, place: World) -> Corpus:
     except ValueError as error:
         problems.append(f"data.corpus={config.data.corpus}: {error}")
     try:
-        teacher_config = models.load_teacher_config(config.teacher)
+        teacher_config = encoders.load_teacher_config(config.teacher)
     except ValueError as error:
         problems.append(str(error))
     if corpus is not None and teacher_config is not None:
         try:
-            check_tokenizer(corpus.manifest, models.load_tokenizer(config.teacher))
+            check_tokenizer(corpus.manifest, encoders.load_tokenizer(config.teacher))
         except ValueError as error:
             problems.append(str(error))
-        problems += models.check_students(config.students, teacher_config, corpus.manifest.seq_len)
+        problems += shapes.check_students(config.students, teacher_config, corpus.manifest.seq_len)
     if problems:
         raise ConfigError(problems)
     assert corpus is not None
@@ -169,15 +169,15 @@ def prepare_folder(config: RunConfig, corpus: Corpus, place: World) -> Path | No
 
 def build(config: RunConfig, place: World, corpus: Corpus, resumed: Checkpoint | None) -> Run:
     """Load the teacher, make the students and their engines, and restore what a checkpoint holds."""
-    teacher_config = models.load_teacher_config(config.teacher)
-    teacher = models.load_teacher(config.teacher, place.device)
+    teacher_config = encoders.load_teacher_config(config.teacher)
+    teacher = encoders.load_teacher(config.teacher, place.device)
     check_supported(teacher)
     trainees = []
     flops = encoder_forward_flops(teacher_config, 1, corpus.manifest.seq_len)
     floor_s = flops / matrix_rate(teacher.dtype, place.device)
-    student_rate = matrix_rate(models.DTYPES[config.deepspeed.precision], place.device)
+    student_rate = matrix_rate(encoders.DTYPES[config.deepspeed.precision], place.device)
     for student in config.students:
-        module = models.build_student(student, teacher, teacher_config, config.train.seed)
+        module = build_student(student, teacher, teacher_config, config.train.seed)
         state = resumed.students[student.name] if resumed is not None else None
         if state is not None:
             module.load_state_dict(state.weights)
@@ -188,7 +188,7 @@ def build(config: RunConfig, place: World, corpus: Corpus, resumed: Checkpoint |
         if state is not None:
             own.load(state)
         own.train()
-        trainees.append(Trainee(student, models.transfer(student, teacher_config), own))
+        trainees.append(Trainee(student, shapes.transfer(student, teacher_config), own))
         if resumed is not None:
             trainees[-1].skipped_steps = resumed.skipped_steps[student.name]
 
@@ -251,7 +251,7 @@ def describe(run: Run, reporter: Reporter, resumed: Checkpoint | None) -> None:
 def finish(run: Run, reporter: Reporter, wall_s: float) -> None:
     """Export every student (collective), sum up, and say what to do next."""
     config, folder = run.config, Path(run.config.output)
-    tokenizer = models.load_tokenizer(config.teacher)
+    tokenizer = encoders.load_tokenizer(config.teacher)
     summary: dict[str, Any] = {"steps": run.progress.step, "rows": run.progress.rows, "students": {}}
     for number, trainee in enumerate(run.trainees):
         weights = trainee.engine.weights()

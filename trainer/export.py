@@ -5,6 +5,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
 from torch import Tensor
 from transformers import AutoModel, PreTrainedConfig
 
@@ -24,6 +25,9 @@ def export(folder: Path, config: PreTrainedConfig, weights: Mapping[str, Tensor]
         config: the student's ``transformers`` config.
         weights: float32, by the names of a ``trainer.models.Student``.
         tokenizer: the teacher's.
+
+    Raises:
+        OSError: the disk is full or fails; a folder that was there before is still there.
     """
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
@@ -34,6 +38,9 @@ def export(folder: Path, config: PreTrainedConfig, weights: Mapping[str, Tensor]
     missing, unexpected = model.load_state_dict(encoder, strict=False)
     assert not unexpected and all("pooler" in name for name in missing), (missing, unexpected)
     with new_folder(folder) as partial:
-        model.save_pretrained(partial)
-        tokenizer.save_pretrained(partial)
+        try:
+            model.save_pretrained(partial)
+            tokenizer.save_pretrained(partial)
+        except SafetensorError as error:  # so comes a full disk
+            raise OSError(f"{folder} cannot be written: {error}") from error
     return folder

@@ -59,6 +59,11 @@ def find(environment: Mapping[str, str]) -> World:
                 "start with deepspeed, torchrun, srun, or plain python for a single process"
             )
         values[name] = int(text)
+    if values["RANK"] >= values["WORLD_SIZE"]:
+        raise ValueError(
+            f"environment RANK={values['RANK']} is not below WORLD_SIZE={values['WORLD_SIZE']}; ranks count "
+            "from 0, so a launcher's settings were changed or mixed with another's"
+        )
     local_rank, local_size = values["LOCAL_RANK"], values["LOCAL_WORLD_SIZE"]
     return World(values["RANK"], values["WORLD_SIZE"], local_rank, local_size, _device(local_rank))
 

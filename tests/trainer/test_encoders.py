@@ -11,7 +11,7 @@ from transformers import AutoModel, BertForMaskedLM, MPNetConfig, MPNetModel
 
 from configs.schema import Precision, TeacherConfig
 from tests.trainer.tiny import rows, tiny_config, tiny_encoder
-from trainer.models import load_encoder, load_teacher, load_teacher_config, load_tokenizer
+from trainer.encoders import load_encoder, load_teacher, load_teacher_config, load_tokenizer
 
 CPU = torch.device("cpu")
 

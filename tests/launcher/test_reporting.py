@@ -1,0 +1,31 @@
+"""What people read."""
+
+import pytest
+
+from launcher.reporting import by_kind, duration
+
+
+@pytest.mark.parametrize(
+    ("seconds", "shown"),
+    [
+        (0.4, "0s"),
+        (59.6, "1m00s"),
+        (245, "4m05s"),
+        (3600, "1h00m"),
+        (11_220, "3h07m"),
+        (183_600, "2d03h"),
+    ],
+)
+def test_durations(seconds, shown):
+    assert duration(seconds) == shown
+
+
+def test_losses_by_kind_are_means_over_layers():
+    figures = {
+        "loss/total": 9.0,
+        "loss/embedding": 1.0,
+        "loss/hidden/1": 2.0,
+        "loss/hidden/2": 4.0,
+        "lr": 5.0,
+    }
+    assert by_kind(figures, "loss/") == "embedding 1.0000 hidden 3.0000"

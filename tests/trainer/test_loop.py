@@ -1,0 +1,181 @@
+"""The loop with a real engine on one rank: when it tells what, how far it reads, what it refuses."""
+
+from pathlib import Path
+
+import pytest
+import torch
+import torch.distributed as dist
+
+from configs.deepspeed import derive
+from configs.load import load_config
+from configs.schema import RunConfig
+from sharding.manifest import open_corpus
+from tests.trainer.tiny import tiny_encoder
+from trainer import engine
+from trainer.capture import capture, enable_capture
+from trainer.checkpoint import Progress
+from trainer.loop import NonFiniteError, Run, Trainee, total_steps, train
+from trainer.meter import SpeedMeter
+from trainer.models import build_student
+from trainer.schedule import lr_multiplier
+from trainer.shapes import transfer
+from trainer.world import World
+
+ALONE = World(rank=0, size=1, local_rank=0, local_size=1, device=torch.device("cpu"))
+
+
+@pytest.fixture(scope="module")
+def group(tmp_path_factory: pytest.TempPathFactory):
+    """A process group of one rank; DeepSpeed remembers its first one, so all tests here share it."""
+    meet = tmp_path_factory.mktemp("group") / "meet"
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("LOCAL_RANK", "0")
+        dist.init_process_group("gloo", init_method=f"file://{meet}", rank=0, world_size=1)
+        engine.attach()
+        yield
+        dist.destroy_process_group()
+
+
+def configured(tiny_corpus: Path, *overrides: str) -> RunConfig:
+    return load_config(
+        RunConfig,
+        None,
+        [
+            "name=loop",
+            "output=unused",
+            "teacher.model=unused",
+            f"data.corpus={tiny_corpus}",
+            "data.workers=0",
+            "students=[{name: s, layers: 2, hidden_size: 24, heads: 4, intermediate_size: 48}]",
+            "students.0.optimizer.lr=0.01",
+            "train.global_batch_rows=8",
+            "train.micro_batch_rows=4",
+            "train.steps=7",
+            "log.every_steps=2",
+            "evaluation.every_steps=3",
+            "evaluation.rows=8",
+            "checkpoint.every_steps=5",
+            *overrides,
+        ],
+    )
+
+
+def make_run(config: RunConfig, progress: Progress) -> Run:
+    teacher = tiny_encoder("bert").eval()
+    enable_capture(teacher)
+    student = config.students[0]
+    module = build_student(student, teacher, teacher.config, config.train.seed)
+    own = engine.Engine(module, student.optimizer, derive(config, student, 1, False), ALONE)
+    own.train()
+    corpus = open_corpus(config.data.corpus)
+
+    @torch.no_grad()
+    def teach(inputs):
+        return capture(teacher, inputs.ids_BS, inputs.mask_BS, inputs.token_type_BS)
+
+    return Run(
+        config=config,
+        world=ALONE,
+        corpus=corpus,
+        teach=teach,
+        teacher_hidden_size=48,
+        trainees=[Trainee(student, transfer(student, teacher.config), own)],
+        speed=SpeedMeter(flops_per_row=1.0, floor_s_per_row=1.0),
+        progress=progress,
+        total_steps=total_steps(config, corpus),
+    )
+
+
+class Heard:
+    """Keeps what the loop tells."""
+
+    def __init__(self) -> None:
+        self.logs, self.evaluations, self.saves = [], [], []
+
+    def logged(self, progress, speed, students):
+        self.logs.append((progress.step, progress.rows, speed, students[0]))
+
+    def evaluated(self, progress, students):
+        self.evaluations.append((progress.step, students[0]))
+
+    def save(self, progress):
+        self.saves.append((progress.step, progress.rows))
+
+
+def test_everything_is_told_when_due_and_at_the_end(group, tiny_corpus):
+    config, heard = configured(tiny_corpus), Heard()
+    run = make_run(config, Progress())
+    train(run, heard)
+    assert [(step, rows) for step, rows, *_ in heard.logs] == [(2, 16), (4, 32), (6, 48), (7, 56)]
+    assert [step for step, _ in heard.evaluations] == [0, 3, 6, 7]
+    assert heard.saves == [(5, 40), (7, 56)]
+    assert heard.evaluations[-1][1]["total"] < heard.evaluations[0][1]["total"]
+    assert run.progress == Progress(step=7, rows=56)
+    for step, _, speed, losses in heard.logs:
+        assert losses["optimizer/lr"] == 0.01 * lr_multiplier(step - 1, 7, 0.1, "linear", 0.0)
+        terms = [value for key, value in losses.items() if key.startswith("loss/") and key != "loss/total"]
+        assert losses["loss/total"] == pytest.approx(sum(terms))
+        assert speed["progress/rows"] == step * 8
+    assert heard.logs[-1][2]["time/eta_s"] == 0
+
+
+def test_a_run_that_resumes_starts_where_it_stood(group, tiny_corpus):
+    heard = Heard()
+    run = make_run(configured(tiny_corpus), Progress(step=5, rows=40))
+    train(run, heard)
+    assert [(step, rows) for step, rows, *_ in heard.logs] == [(6, 48), (7, 56)]
+    assert [step for step, _ in heard.evaluations] == [6, 7], "step 0 is behind"
+    assert heard.saves == [(7, 56)]
+
+
+def test_a_run_that_is_done_does_nothing(group, tiny_corpus):
+    heard = Heard()
+    train(make_run(configured(tiny_corpus), Progress(step=7, rows=56)), heard)
+    assert (heard.logs, heard.evaluations, heard.saves) == ([], [], [])
+
+
+def test_a_step_that_is_not_finite_is_skipped_and_counted(group, tiny_corpus):
+    """The teacher says infinity for one whole step; the student keeps its weights and goes on."""
+    run, heard = make_run(configured(tiny_corpus, "train.non_finite=skip"), Progress()), Heard()
+    plain, calls = run.teach, []
+
+    def faulty(inputs):
+        targets = plain(inputs)
+        calls.append(None)
+        if run.progress.step == 3:
+            targets.hidden[4] = targets.hidden[4] * float("inf")
+        return targets
+
+    run.teach = faulty
+    train(run, heard)
+    assert run.progress == Progress(step=7, rows=56)
+    assert run.trainees[0].skipped_steps == 1 and run.trainees[0].skipped_in_a_row == 0
+    assert heard.logs[-1][3]["optimizer/skipped_steps"] == 1
+    assert heard.evaluations[-1][1]["total"] < heard.evaluations[0][1]["total"]
+    assert all(torch.isfinite(value).all() for value in run.trainees[0].engine.weights().values())
+
+
+def test_by_default_it_stops(group, tiny_corpus):
+    run = make_run(configured(tiny_corpus), Progress())
+    plain = run.teach
+
+    def faulty(inputs):
+        targets = plain(inputs)
+        targets.hidden[0] = targets.hidden[0] * float("nan")
+        return targets
+
+    run.teach = faulty
+    before = run.trainees[0].engine.weights()
+    with pytest.raises(NonFiniteError, match="student s: the loss or gradient of step 1 .*non_finite=skip"):
+        train(run, Heard())
+    after = run.trainees[0].engine.weights()
+    assert all(torch.equal(before[name], after[name]) for name in before)
+
+
+@pytest.mark.parametrize(("epochs", "steps"), [("1", 80), ("0.5", 40), ("2.5", 201), ("0.001", 1)])
+def test_epochs_become_steps(tiny_corpus, epochs, steps):
+    """644 rows are 80.5 steps of 8."""
+    corpus = open_corpus(tiny_corpus)
+    assert corpus.split("train").rows == 644
+    config = configured(tiny_corpus, "train.steps=null", f"train.epochs={epochs}")
+    assert total_steps(config, corpus) == steps

@@ -1,0 +1,133 @@
+"""Encoders as ``transformers`` gives them: their configs, tokenizers and weights, without a pooler."""
+
+import inspect
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError
+from transformers import AutoConfig, AutoModel, AutoTokenizer, PreTrainedConfig, PreTrainedModel
+from transformers.models.auto.modeling_auto import MODEL_MAPPING
+from transformers.utils import cached_file
+from transformers.utils import logging as hf_logging
+
+from configs.schema import Precision, TeacherConfig
+from sharding.files import sha256
+from trainer.capture import enable_capture
+
+DTYPES = {Precision.fp32: torch.float32, Precision.bf16: torch.bfloat16, Precision.fp16: torch.float16}
+
+
+def load_teacher_config(config: TeacherConfig) -> PreTrainedConfig:
+    """Return the teacher's ``transformers`` config.
+
+    Raises:
+        ValueError: the folder or hub name cannot be read.
+    """
+    return read_config("teacher.model", config.model, revision=config.revision)
+
+
+def load_tokenizer(config: TeacherConfig) -> Any:
+    """Return the teacher's fast tokenizer; the students use the same one.
+
+    Raises:
+        ValueError: it cannot be read.
+    """
+    try:
+        return AutoTokenizer.from_pretrained(config.model, revision=config.revision)
+    except (OSError, ValueError) as error:
+        raise ValueError(f"teacher.model={config.model!r} has no tokenizer to read: {error}") from error
+
+
+def load_teacher(config: TeacherConfig, device: torch.device) -> PreTrainedModel:
+    """Return the teacher in its precision on ``device``: no pooler, evaluation mode, nothing to train.
+
+    Raises:
+        ValueError: the weights file is not the one that ``teacher.sha256`` names, or the encoder's
+            attention cannot be captured.
+    """
+    if config.sha256 is not None:
+        _check_sha256(config)
+    teacher = load_encoder(config.model, revision=config.revision, dtype=DTYPES[config.precision])
+    enable_capture(teacher)
+    teacher.to(device)  # type: ignore[arg-type]  # its decorator hides nn.Module's signature
+    return teacher.eval().requires_grad_(False)
+
+
+def load_encoder(model: str, **settings: Any) -> PreTrainedModel:
+    """Load an encoder without a pooler, quietly, unless weights are missing.
+
+    Heads in the file that an encoder does not have are left unread; a weight that the file lacks would be
+    random, and nothing should learn from that unknowingly.
+
+    Args:
+        model: folder or hub name.
+        settings: of ``AutoModel.from_pretrained``, and of the encoder's config, where they replace its own.
+
+    Raises:
+        ValueError: the weights cannot be read, or some are missing.
+    """
+    config = read_config("model", model, revision=settings.get("revision"))
+    verbosity = hf_logging.get_verbosity()
+    hf_logging.set_verbosity_error()
+    hf_logging.disable_progress_bar()
+    try:
+        encoder, report = AutoModel.from_pretrained(
+            model, **settings, **_no_pooler(config), output_loading_info=True
+        )
+    except (OSError, SafetensorError) as error:
+        raise ValueError(f"the weights of {model} cannot be read: {error}") from error
+    finally:
+        hf_logging.set_verbosity(verbosity)
+    if report["missing_keys"]:
+        raise ValueError(
+            f"{model} lacks {len(report['missing_keys'])} weights of a {config.model_type} encoder, such as "
+            f"{sorted(report['missing_keys'])[0]}; they would be random. Use a complete pretrained encoder"
+        )
+    return encoder
+
+
+def new_encoder(config: PreTrainedConfig) -> PreTrainedModel:
+    """Return an encoder with random float32 weights, ready to be captured.
+
+    Raises:
+        ValueError: an architecture without an encoder to capture, or a setting that it cannot use.
+    """
+    try:
+        encoder = AutoModel.from_config(config, dtype=torch.float32, **_no_pooler(config))
+    except (KeyError, ValueError, TypeError) as error:
+        raise ValueError(f"no {config.model_type} encoder can be made of these settings: {error}") from error
+    enable_capture(encoder)
+    return encoder
+
+
+def read_config(key: str, model: str, **settings: Any) -> PreTrainedConfig:
+    """Return the ``transformers`` config of a folder or hub name; ``key`` is the setting that names it."""
+    try:
+        return AutoConfig.from_pretrained(model, **settings)
+    except (OSError, ValueError) as error:
+        raise ValueError(
+            f"{key}={model!r} cannot be read as the folder or hub name of an encoder: {error}"
+        ) from error
+
+
+def _no_pooler(config: PreTrainedConfig) -> dict[str, bool]:
+    model_class: Any = MODEL_MAPPING[type(config)]
+    has_pooler = "add_pooling_layer" in inspect.signature(model_class).parameters
+    return {"add_pooling_layer": False} if has_pooler else {}
+
+
+def _check_sha256(config: TeacherConfig) -> None:
+    path = Path(config.model, "model.safetensors")
+    if not path.parent.is_dir():
+        path = Path(str(cached_file(config.model, "model.safetensors", revision=config.revision)))
+    if not path.is_file():
+        raise ValueError(
+            f"teacher.sha256 is set, but {path} does not exist; unset it or name another teacher"
+        )
+    digest = sha256(path)
+    if digest != config.sha256:
+        raise ValueError(
+            f"teacher.sha256={config.sha256} does not match {path} ({digest}): the file is damaged or "
+            "another model; fetch it again, or correct the checksum"
+        )

@@ -1,0 +1,159 @@
+"""Shapes: a student's ``transformers`` config, and whether it can learn from a teacher. No weights here."""
+
+from collections.abc import Sequence
+from functools import partial
+from typing import Any
+
+import torch
+from huggingface_hub.errors import StrictDataclassError
+from transformers import AutoConfig, PreTrainedConfig
+
+from configs.schema import StudentConfig
+from trainer.encoders import new_encoder, read_config
+from trainer.layer_map import resolve
+from trainer.losses import Transfer, relation_heads
+
+
+def check_students(students: Sequence[StudentConfig], teacher: PreTrainedConfig, seq_len: int) -> list[str]:
+    """Return every reason why these students cannot learn from this teacher on rows of ``seq_len``."""
+    problems = []
+    if seq_len > _positions(teacher):
+        problems.append(f"the corpus has rows of {seq_len} tokens, the teacher takes {_positions(teacher)}")
+    for index, student in enumerate(students):
+        for check in (transfer, partial(_check_config, seq_len=seq_len)):
+            try:
+                check(student, teacher)
+            except ValueError as error:
+                problems.append(f"students.{index} ({student.name}): {error}")
+    return problems
+
+
+def transfer(student: StudentConfig, teacher: PreTrainedConfig) -> Transfer:
+    """Return what the student learns from which teacher layer, resolved.
+
+    Raises:
+        ValueError: a layer map out of range, head counts that cannot be mapped.
+    """
+    layer_map = resolve(student.layer_map, student.layers, teacher.num_hidden_layers)
+    losses = student.losses
+    return Transfer(
+        layer_map=layer_map,
+        relation_heads=relation_heads(student.heads, teacher.num_attention_heads, losses.relation_heads),
+        embedding=losses.embedding,
+        hidden=losses.hidden,
+        attention=losses.attention,
+        layers=tuple(losses.layers or [1.0] * student.layers),
+    )
+
+
+def student_hf_config(student: StudentConfig, teacher: PreTrainedConfig) -> PreTrainedConfig:
+    """Return the student's ``transformers`` config: the teacher's, with the student's shape.
+
+    Of the teacher's own settings those that belong to its depth (lists with an entry per layer) are left
+    to the architecture's defaults. A student of another architecture takes over the vocabulary, the
+    special tokens and the number of positions only.
+
+    Raises:
+        ValueError: an unknown architecture, or an override that the architecture does not take.
+    """
+    architecture = student.architecture or teacher.model_type
+    try:
+        default = AutoConfig.for_model(architecture)
+    except ValueError as error:
+        raise ValueError(f"architecture={architecture!r} is not one that transformers knows") from error
+    special = {key for key in vars(default) if key.endswith("_token_id")}
+    kept = {key: getattr(teacher, key, None) for key in special} | {"vocab_size": teacher.vocab_size}
+    if architecture == teacher.model_type:
+        settings = teacher.to_diff_dict()
+        own = {key for key in settings if not _per_layer(settings[key], teacher.num_hidden_layers)}
+        kept |= {key: getattr(teacher, key) for key in own - _NOT_A_SETTING if hasattr(teacher, key)}
+    config = AutoConfig.for_model(architecture, **kept)
+    kept["max_position_embeddings"] = _positions(teacher) + _position_offset(config)
+    shape = {
+        "num_hidden_layers": student.layers,
+        "hidden_size": student.hidden_size,
+        "num_attention_heads": student.heads,
+        _intermediate_key(config): student.intermediate_size,
+    }
+    _check_overrides(student, default, shape)
+    if getattr(config, "embedding_size", None) is not None and student.init != "teacher":
+        shape["embedding_size"] = student.hidden_size
+    try:
+        return AutoConfig.for_model(architecture, **{**kept, **_renamed(config, shape), **student.overrides})
+    except StrictDataclassError as error:
+        raise ValueError(f"overrides do not make a {architecture} config: {error}") from error
+
+
+_NOT_A_SETTING = {
+    "model_type",
+    "architectures",
+    "dtype",
+    "torch_dtype",
+    "transformers_version",
+    "_name_or_path",
+}
+
+
+def _per_layer(value: Any, layers: int) -> bool:
+    return isinstance(value, list | tuple) and len(value) == layers
+
+
+def _intermediate_key(config: PreTrainedConfig) -> str:
+    """DistilBERT calls the width of its feed-forward layers ``hidden_dim``."""
+    return "intermediate_size" if hasattr(config, "intermediate_size") else "hidden_dim"
+
+
+def _renamed(config: PreTrainedConfig, settings: dict[str, Any]) -> dict[str, Any]:
+    """Return settings under the architecture's own names, so that a config takes them at construction."""
+    return {config.attribute_map.get(key, key): value for key, value in settings.items()}
+
+
+def _position_offset(config: PreTrainedConfig) -> int:
+    """RoBERTa-like encoders number positions from ``pad_token_id + 1``, so that many have no place."""
+    return config.pad_token_id + 1 if config.model_type in ("roberta", "xlm-roberta", "camembert") else 0
+
+
+def _positions(config: PreTrainedConfig) -> int:
+    """Return the most tokens that a row may have."""
+    return config.max_position_embeddings - _position_offset(config)
+
+
+def _check_overrides(student: StudentConfig, default: PreTrainedConfig, shape: dict[str, Any]) -> None:
+    unknown = [key for key in student.overrides if not hasattr(default, key)]
+    if unknown:
+        raise ValueError(f"overrides {unknown} are not settings of a {default.model_type} config")
+    derived = [key for key in student.overrides if key in shape or key in _renamed(default, shape)]
+    if derived:
+        raise ValueError(f"overrides {derived} follow from layers, hidden_size, heads and intermediate_size")
+
+
+def _check_config(student: StudentConfig, teacher: PreTrainedConfig, seq_len: int) -> None:
+    """Raise ValueError when the student cannot be made, or cannot read the teacher's rows."""
+    config = student_hf_config(student, teacher)
+    keys = ["model_type", "hidden_size", "num_attention_heads", "vocab_size", _intermediate_key(config)]
+    if student.init == "teacher":
+        inner = ["embedding_size", "max_position_embeddings", "type_vocab_size"]
+        _check_same(student.init, config, teacher, [*keys, *inner])
+    elif student.init != "random":
+        asked, config = config, read_config("init", student.init, **student.overrides)
+        _check_same(student.init, asked, config, [*keys, "num_hidden_layers"])
+    else:
+        with torch.device("meta"):  # proves that it can be made and captured, without its memory
+            new_encoder(config)
+    if config.vocab_size < teacher.vocab_size:
+        raise ValueError(f"vocab_size {config.vocab_size} is below the teacher's {teacher.vocab_size}")
+    if seq_len > _positions(config):
+        raise ValueError(f"the corpus has rows of {seq_len} tokens, the student takes {_positions(config)}")
+
+
+def _check_same(init: str, own: PreTrainedConfig, other: PreTrainedConfig, keys: Sequence[str]) -> None:
+    differing = [
+        f"{key} {getattr(own, key, None)} against {getattr(other, key, None)}"
+        for key in keys
+        if getattr(own, key, None) != getattr(other, key, None)
+    ]
+    if differing:
+        raise ValueError(
+            f"init={init!r} needs an encoder of the same shape, but: {', '.join(differing)}; "
+            "change the student's sizes or set init=random"
+        )
