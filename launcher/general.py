@@ -20,10 +20,11 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
+from transformers import PreTrainedConfig, PreTrainedModel
 
 from configs.deepspeed import derive
 from configs.load import ConfigError, load_config, to_dict, to_yaml
-from configs.schema import RunConfig
+from configs.schema import RunConfig, StudentConfig
 from configs.validate import check_batch
 from launcher import provenance
 from launcher.reporting import Reporter, Tracked, duration
@@ -47,7 +48,7 @@ COLLECTIVE_TIMEOUT = timedelta(minutes=30)
 
 
 def main() -> int:
-    """Run the job; return the exit code: 0 done, 1 failed, 2 the user has something to correct."""
+    """Run the job; return the exit code: 0 done, 1 failed, 2 for the user to correct, 130 interrupted."""
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
@@ -68,6 +69,10 @@ def main() -> int:
         if is_main or alone:  # before the ranks meet, and for what all of them see, one message is enough
             print(f"\nerror: {error}", file=sys.stderr, flush=True)
         return 2 if isinstance(error, ValueError) else 1
+    except KeyboardInterrupt:
+        if is_main:
+            print("\ninterrupted; started again, it resumes from the newest checkpoint", file=sys.stderr)
+        return 130
     finally:
         if dist.is_initialized():
             dist.destroy_process_group()
@@ -84,21 +89,16 @@ def distil(config: RunConfig) -> None:
     world.connect(place, os.environ, COLLECTIVE_TIMEOUT)
     engine.attach()
 
-    newest = world.on_main(place, lambda: prepare_folder(config, corpus, place))
+    newest = world.on_main(place, lambda: newest_checkpoint(config, corpus))
     resumed = checkpoints.load(newest) if newest is not None else None
-    tracked: Tracked | None = None
-    if config.tracking.enabled:
-        run_ids = resumed.tracking_run_ids if resumed is not None else {}
-        holder: list[Tracked] = []
-        world.on_main(place, lambda: holder.append(Tracked.start(config, corpus, run_ids)))
-        tracked = holder[0] if holder else None
+    tracked = start_tracking(config, place, corpus, resumed)
     status = "FAILED"
     try:
+        world.on_main(place, lambda: write_folder(config, place))
         started_s = time.perf_counter()
-        reporter = Reporter(config, place, corpus, tracked)
         run = build(config, place, corpus, resumed)
-        reporter.run = run
-        describe(run, reporter, resumed)
+        reporter = Reporter(run, tracked)
+        reporter.started(resumed)
         train(run, reporter)
         finish(run, reporter, time.perf_counter() - started_s)
         status = "FINISHED"
@@ -127,6 +127,7 @@ def check(config: RunConfig, place: World) -> Corpus:
         problems.append(f"data.corpus={config.data.corpus}: {error}")
     try:
         teacher_config = encoders.load_teacher_config(config.teacher)
+        encoders.check_sha256(config.teacher)
     except ValueError as error:
         problems.append(str(error))
     if corpus is not None and teacher_config is not None:
@@ -141,17 +142,36 @@ def check(config: RunConfig, place: World) -> Corpus:
     return corpus
 
 
-def prepare_folder(config: RunConfig, corpus: Corpus, place: World) -> Path | None:
-    """Make the run folder and return the newest checkpoint in it; None for a new run (rank 0).
+def newest_checkpoint(config: RunConfig, corpus: Corpus) -> Path | None:
+    """Return the newest checkpoint in the output folder; None for a new run.
 
     Raises:
         CheckpointError: the checkpoint is damaged or belongs to another run.
     """
+    complete = checkpoints.list_complete(Path(config.output) / "checkpoints")
+    if not complete:
+        return None
+    checkpoints.check_same_run(
+        complete[-1], to_dict(config), corpus.fingerprint, checkpoints.load(complete[-1])
+    )
+    return complete[-1]
+
+
+def start_tracking(
+    config: RunConfig, place: World, corpus: Corpus, resumed: Checkpoint | None
+) -> Tracked | None:
+    """Open or continue the MLflow runs, on rank 0 (collective); None elsewhere, and without tracking."""
+    if not config.tracking.enabled:
+        return None
+    opened: list[Tracked] = []  # kept out of what ``on_main`` hands to the other ranks
+    run_ids = resumed.tracking_run_ids if resumed is not None else {}
+    world.on_main(place, lambda: opened.append(Tracked.start(config, corpus, run_ids)))
+    return opened[0] if opened else None
+
+
+def write_folder(config: RunConfig, place: World) -> None:
+    """Make the run folder and keep in it what the run was made of."""
     folder = Path(config.output)
-    complete = checkpoints.list_complete(folder / "checkpoints")
-    newest = complete[-1] if complete else None
-    if newest is not None:
-        checkpoints.check_same_run(newest, to_dict(config), corpus.fingerprint, checkpoints.load(newest))
     folder.mkdir(parents=True, exist_ok=True)
     pinned = place.device.type == "cuda"
     engines = {student.name: derive(config, student, place.size, pinned) for student in config.students}
@@ -164,34 +184,13 @@ def prepare_folder(config: RunConfig, corpus: Corpus, place: World) -> Path | No
     (folder / "deepspeed.json").write_text(json.dumps(engines, indent=1) + "\n", encoding="utf-8")
     (folder / "origin.json").write_text(json.dumps(origin, indent=1) + "\n", encoding="utf-8")
     (folder / "changes.diff").write_text(provenance.changes(), encoding="utf-8")
-    return newest
 
 
 def build(config: RunConfig, place: World, corpus: Corpus, resumed: Checkpoint | None) -> Run:
     """Load the teacher, make the students and their engines, and restore what a checkpoint holds."""
-    teacher_config = encoders.load_teacher_config(config.teacher)
     teacher = encoders.load_teacher(config.teacher, place.device)
     check_supported(teacher)
-    trainees = []
-    flops = encoder_forward_flops(teacher_config, 1, corpus.manifest.seq_len)
-    floor_s = flops / matrix_rate(teacher.dtype, place.device)
-    student_rate = matrix_rate(encoders.DTYPES[config.deepspeed.precision], place.device)
-    for student in config.students:
-        module = build_student(student, teacher, teacher_config, config.train.seed)
-        state = resumed.students[student.name] if resumed is not None else None
-        if state is not None:
-            module.load_state_dict(state.weights)
-        student_flops = 3 * encoder_forward_flops(module.encoder.config, 1, corpus.manifest.seq_len)
-        flops, floor_s = flops + student_flops, floor_s + student_flops / student_rate
-        settings = derive(config, student, place.size, pin_memory=place.device.type == "cuda")
-        own = engine.Engine(module, student.optimizer, settings, place)
-        if state is not None:
-            own.load(state)
-        own.train()
-        trainees.append(Trainee(student, shapes.transfer(student, teacher_config), own))
-        if resumed is not None:
-            trainees[-1].skipped_steps = resumed.skipped_steps[student.name]
-
+    trainees = [make_trainee(config, student, teacher, place, resumed) for student in config.students]
     hidden, layers = needed_layers([trainee.transfer for trainee in trainees])
 
     @torch.no_grad()
@@ -205,47 +204,46 @@ def build(config: RunConfig, place: World, corpus: Corpus, resumed: Checkpoint |
         world=place,
         corpus=corpus,
         teach=teach,
-        teacher_hidden_size=teacher_config.hidden_size,
+        teacher_hidden_size=teacher.config.hidden_size,
         trainees=trainees,
-        speed=SpeedMeter(flops_per_row=flops, floor_s_per_row=floor_s),
+        speed=make_speed_meter(config, place, teacher.config, trainees, corpus.manifest.seq_len),
         progress=resumed.progress if resumed is not None else Progress(),
         total_steps=total_steps(config, corpus),
     )
 
 
-def describe(run: Run, reporter: Reporter, resumed: Checkpoint | None) -> None:
-    """Say on rank 0 what is about to run."""
-    config, split = run.config, run.corpus.split("train")
-    log.info("teacher %s in %s", config.teacher.model, config.teacher.precision.value)
-    for trainee in run.trainees:
-        log.info(
-            "student %s: %d layers x %d, %d heads, learns from teacher layers %s",
-            trainee.config.name,
-            trainee.config.layers,
-            trainee.config.hidden_size,
-            trainee.config.heads,
-            list(trainee.transfer.layer_map),
-        )
-    log.info(
-        "corpus %s: %d rows, %d tokens, fingerprint %s",
-        run.corpus.root,
-        split.rows,
-        split.tokens,
-        run.corpus.fingerprint[:12],
-    )
-    log.info(
-        "%d steps of %d rows on %d ranks (%s), ZeRO stage %d, %s",
-        run.total_steps,
-        config.train.global_batch_rows,
-        run.world.size,
-        run.world.device.type,
-        config.deepspeed.zero_stage,
-        config.deepspeed.precision.value,
-    )
-    if resumed is not None:
-        log.info("resumed at step %d (%d rows consumed)", run.progress.step, run.progress.rows)
-    if reporter.tracked is not None:
-        log.info("in MLflow: %s", reporter.tracked.run.url)
+def make_trainee(
+    config: RunConfig,
+    student: StudentConfig,
+    teacher: PreTrainedModel,
+    place: World,
+    resumed: Checkpoint | None,
+) -> Trainee:
+    """Make one student and its engine (collective), new or as a checkpoint has it."""
+    module = build_student(student, teacher, teacher.config, config.train.seed)
+    settings = derive(config, student, place.size, pin_memory=place.device.type == "cuda")
+    state = resumed.students[student.name] if resumed is not None else None
+    if state is not None:
+        module.load_state_dict(state.weights)
+    own = engine.Engine(module, student.optimizer, settings, place)
+    if state is not None:
+        own.load(state)
+    own.train()
+    skipped_steps = resumed.skipped_steps[student.name] if resumed is not None else 0
+    return Trainee(student, shapes.transfer(student, teacher.config), own, skipped_steps=skipped_steps)
+
+
+def make_speed_meter(
+    config: RunConfig, place: World, teacher: PreTrainedConfig, trainees: list[Trainee], seq_len: int
+) -> SpeedMeter:
+    """Count a row's operations and measure how fast this device could do them at best."""
+    flops = encoder_forward_flops(teacher, 1, seq_len)
+    floor_s = flops / matrix_rate(encoders.DTYPES[config.teacher.precision], place.device)
+    student_rate = matrix_rate(encoders.DTYPES[config.deepspeed.precision], place.device)
+    for trainee in trainees:
+        own = 3 * encoder_forward_flops(trainee.engine.module.encoder.config, 1, seq_len)
+        flops, floor_s = flops + own, floor_s + own / student_rate
+    return SpeedMeter(flops_per_row=flops, floor_s_per_row=floor_s)
 
 
 def finish(run: Run, reporter: Reporter, wall_s: float) -> None:

@@ -15,7 +15,6 @@ from trainer.checkpoint import Checkpoint, Progress
 from trainer.loop import Run
 from trainer.tracking import Run as TrackedRun
 from trainer.tracking import flatten
-from trainer.world import World
 
 log = logging.getLogger("distil")
 
@@ -60,8 +59,6 @@ class Tracked:
         profile = {"documents": split.documents, "rows": split.rows, "tokens": split.tokens}
         run.log_dataset(corpus.root.name, corpus.fingerprint, str(corpus.root.resolve()), profile)
         tracked = cls(run, [run])
-        for name in ("config.yaml", "deepspeed.json", "origin.json", "changes.diff"):
-            tracked.log_file(Path(config.output) / name)
         if len(config.students) == 1:
             return tracked
         children = [
@@ -99,14 +96,34 @@ class Tracked:
 class Reporter:
     """The loop's listener. Terminal, tracking and files happen on rank 0; saving is collective."""
 
-    def __init__(self, config: RunConfig, world: World, corpus: Corpus, tracked: Tracked | None) -> None:
-        self.config = config
-        self.world = world
-        self.corpus = corpus
+    def __init__(self, run: Run, tracked: Tracked | None) -> None:
+        self.run = run
+        self.config = run.config
+        self.world = run.world
         self.tracked = tracked
-        self.folder = Path(config.output)
-        self.run: Run  # set once it exists
+        self.folder = Path(run.config.output)
         self.revision = provenance.revision()
+
+    def started(self, resumed: Checkpoint | None) -> None:
+        """Say what is about to run, and log the files that tell what it is made of."""
+        run, train, split = self.run, self.config.train, self.run.corpus.split("train")
+        log.info("teacher %s in %s", self.config.teacher.model, self.config.teacher.precision.value)
+        for trainee in run.trainees:
+            student, layer_map = trainee.config, list(trainee.transfer.layer_map)
+            shape = f"{student.layers} layers x {student.hidden_size}, {student.heads} heads"
+            log.info("student %s: %s, learns from teacher layers %s", student.name, shape, layer_map)
+        counts = f"{split.rows} rows, {split.tokens} tokens"
+        log.info("corpus %s: %s, fingerprint %s", run.corpus.root, counts, run.corpus.fingerprint[:12])
+        ranks = f"{run.world.size} ranks ({run.world.device.type})"
+        deepspeed = f"ZeRO stage {self.config.deepspeed.zero_stage}, {self.config.deepspeed.precision.value}"
+        steps = f"{run.total_steps} steps of {train.global_batch_rows} rows"
+        log.info("%s on %s, %s", steps, ranks, deepspeed)
+        if resumed is not None:
+            log.info("resumed at step %d (%d rows consumed)", run.progress.step, run.progress.rows)
+        if self.tracked is not None:
+            log.info("in MLflow: %s", self.tracked.run.url)
+            for name in ("config.yaml", "deepspeed.json", "origin.json", "changes.diff"):
+                self.tracked.log_file(self.folder / name)
 
     def logged(
         self, progress: Progress, speed: Mapping[str, float], students: Sequence[dict[str, float]]
@@ -166,7 +183,7 @@ class Reporter:
             progress=progress,
             students=states,
             skipped_steps={trainee.config.name: trainee.skipped_steps for trainee in self.run.trainees},
-            fingerprint=self.corpus.fingerprint,
+            fingerprint=self.run.corpus.fingerprint,
             config=to_dict(self.config),
             tracking_run_ids=self.tracked.run_ids(self.config) if self.tracked is not None else {},
             revision=self.revision,

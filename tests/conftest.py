@@ -1,5 +1,6 @@
 """Fixtures for all rooms: a tiny tokenizer and a tiny corpus, made here, with nothing downloaded."""
 
+import signal
 from pathlib import Path
 
 import numpy as np
@@ -39,6 +40,11 @@ def write_tiny_tokenizer(folder: Path) -> Path:
     tokenizer.post_processor = processors.BertProcessing(("[SEP]", 3), ("[CLS]", 2))
     BertTokenizerFast(tokenizer_object=tokenizer).save_pretrained(folder)
     return folder
+
+
+def heed_interrupts() -> None:
+    """Before exec: take Ctrl-C again, which a shell's background jobs, and so their children, ignore."""
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
 
 
 @pytest.fixture(scope="session")

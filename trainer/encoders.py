@@ -43,11 +43,8 @@ def load_teacher(config: TeacherConfig, device: torch.device) -> PreTrainedModel
     """Return the teacher in its precision on ``device``: no pooler, evaluation mode, nothing to train.
 
     Raises:
-        ValueError: the weights file is not the one that ``teacher.sha256`` names, or the encoder's
-            attention cannot be captured.
+        ValueError: the weights cannot be read, some are missing, or the attention cannot be captured.
     """
-    if config.sha256 is not None:
-        _check_sha256(config)
     teacher = load_encoder(config.model, revision=config.revision, dtype=DTYPES[config.precision])
     enable_capture(teacher)
     teacher.to(device)  # type: ignore[arg-type]  # its decorator hides nn.Module's signature
@@ -111,13 +108,10 @@ def read_config(key: str, model: str, **settings: Any) -> PreTrainedConfig:
         ) from error
 
 
-def _no_pooler(config: PreTrainedConfig) -> dict[str, bool]:
-    model_class: Any = MODEL_MAPPING[type(config)]
-    has_pooler = "add_pooling_layer" in inspect.signature(model_class).parameters
-    return {"add_pooling_layer": False} if has_pooler else {}
-
-
-def _check_sha256(config: TeacherConfig) -> None:
+def check_sha256(config: TeacherConfig) -> None:
+    """Raise ValueError unless the weights file is the one that ``teacher.sha256`` names, if it names one."""
+    if config.sha256 is None:
+        return
     path = Path(config.model, "model.safetensors")
     if not path.parent.is_dir():
         path = Path(str(cached_file(config.model, "model.safetensors", revision=config.revision)))
@@ -131,3 +125,9 @@ def _check_sha256(config: TeacherConfig) -> None:
             f"teacher.sha256={config.sha256} does not match {path} ({digest}): the file is damaged or "
             "another model; fetch it again, or correct the checksum"
         )
+
+
+def _no_pooler(config: PreTrainedConfig) -> dict[str, bool]:
+    model_class: Any = MODEL_MAPPING[type(config)]
+    has_pooler = "add_pooling_layer" in inspect.signature(model_class).parameters
+    return {"add_pooling_layer": False} if has_pooler else {}

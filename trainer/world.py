@@ -48,7 +48,7 @@ def find(environment: Mapping[str, str]) -> World:
             CUDA devices.
     """
     if "RANK" not in environment and "SLURM_STEP_ID" not in environment:
-        return World(0, 1, 0, 1, _device(0))
+        return World(0, 1, 0, 1, _device(0, environment))
     values = {}
     for name, aliases in _NAMES.items():
         text = next((environment[alias] for alias in aliases if alias in environment), None)
@@ -65,7 +65,9 @@ def find(environment: Mapping[str, str]) -> World:
             "from 0, so a launcher's settings were changed or mixed with another's"
         )
     local_rank, local_size = values["LOCAL_RANK"], values["LOCAL_WORLD_SIZE"]
-    return World(values["RANK"], values["WORLD_SIZE"], local_rank, local_size, _device(local_rank))
+    return World(
+        values["RANK"], values["WORLD_SIZE"], local_rank, local_size, _device(local_rank, environment)
+    )
 
 
 def connect(world: World, environment: Mapping[str, str], timeout: timedelta) -> None:
@@ -102,9 +104,13 @@ def share_cores(world: World, threads: int | None) -> None:
         torch.set_num_threads(threads)
 
 
-def _device(local_rank: int) -> torch.device:
+def _device(local_rank: int, environment: Mapping[str, str]) -> torch.device:
+    """CUDA where there is one, unless DS_ACCELERATOR says otherwise; DeepSpeed reads the same variable."""
+    asked = environment.get("DS_ACCELERATOR")
+    if asked == "cpu":
+        return torch.device("cpu")
     if not torch.cuda.is_available():
-        if os.environ.get("DS_ACCELERATOR") == "cuda":
+        if asked == "cuda":
             raise ValueError(
                 f"DS_ACCELERATOR=cuda, but torch {torch.__version__} sees no CUDA device on "
                 f"{socket.gethostname()}; check the driver (nvidia-smi), or unset DS_ACCELERATOR for CPU"

@@ -67,7 +67,7 @@ def general(tmp_path: Path) -> Launch:
     """Run ``launcher/general.py`` with a config tree, under a launcher, to its end."""
 
     def launch(
-        config: dict[str, Any], *overrides: str, ranks: int = 1, by: str = "python"
+        config: dict[str, Any], *overrides: str, ranks: int = 1, by: str = "python", on: str = "cpu"
     ) -> subprocess.CompletedProcess[str]:
         return subprocess.run(
             command(tmp_path, config, *overrides, ranks=ranks, by=by),
@@ -75,7 +75,7 @@ def general(tmp_path: Path) -> Launch:
             text=True,
             timeout=300,
             cwd=tmp_path,  # not the repository: the script finds its own code
-            env={**os.environ, "DS_ACCELERATOR": "cpu"},
+            env={**os.environ, "DS_ACCELERATOR": on},
         )
 
     return launch

@@ -14,6 +14,7 @@ import pytest
 
 from launcher.corpus import main
 from sharding.manifest import open_corpus
+from tests.conftest import heed_interrupts
 
 SCRIPT = Path(__file__).resolve().parents[2] / "launcher" / "corpus.py"
 
@@ -100,7 +101,11 @@ def test_an_ended_build_leaves_no_workers_and_no_corpus(
     keys = ["output=c", f"tokenizer={tiny_tokenizer}", "source.kind=text", "source.one_per_line=true"]
     build = [sys.executable, str(SCRIPT), "build", *keys, "heldout_share=0", "processes=2"]
     process = subprocess.Popen(
-        [*build, "source.path=long.txt"], cwd=tmp_path, stderr=subprocess.PIPE, text=True
+        [*build, "source.path=long.txt"],
+        cwd=tmp_path,
+        stderr=subprocess.PIPE,
+        text=True,
+        preexec_fn=heed_interrupts,
     )
     while not list(tmp_path.glob("c.partial/train/*.tmp")):
         assert process.poll() is None

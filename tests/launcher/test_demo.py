@@ -11,6 +11,7 @@ import pytest
 from transformers import AutoModel
 
 from sharding.manifest import open_corpus
+from tests.conftest import heed_interrupts
 from tests.launcher.conftest import ROOT, evaluations
 
 pytestmark = pytest.mark.network_of_ranks
@@ -28,6 +29,7 @@ def test_interrupted_and_started_again_the_demo_goes_on(tmp_path: Path) -> None:
         stderr=subprocess.STDOUT,
         text=True,
         start_new_session=True,
+        preexec_fn=heed_interrupts,
     )
     saved = folder / "run/checkpoints/step-00000002/files.json"
     while not saved.exists():
@@ -35,7 +37,7 @@ def test_interrupted_and_started_again_the_demo_goes_on(tmp_path: Path) -> None:
         time.sleep(0.05)
     os.killpg(process.pid, signal.SIGINT)  # Ctrl-C reaches everything in the terminal's foreground
     printed = process.communicate(timeout=60)[0]
-    assert process.returncode == 130
+    assert process.returncode == 130, printed
     assert "the same command goes on from the last checkpoint" in printed
     fingerprint = open_corpus(folder / "corpus").fingerprint
 

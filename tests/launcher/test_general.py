@@ -163,7 +163,7 @@ def test_what_a_user_did_wrong_ends_in_a_message(
     assert done.returncode == 2
     assert message in done.stderr
     assert "Traceback" not in done.stderr
-    assert not list(Path(run_config["output"]).glob("checkpoints/*"))
+    assert not Path(run_config["output"]).exists()
 
 
 def test_the_wrong_tokenizer_for_a_corpus(
@@ -193,6 +193,22 @@ def test_a_teacher_in_half_precision_teaches_nearly_the_same(
     for found, exact in zip(evaluations(output), evaluations(f"{output}-fp32"), strict=True):
         assert found["losses"] == pytest.approx(exact["losses"], rel=1e-2)
         assert found["losses"] != exact["losses"]
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device; torch sees none here")
+@pytest.mark.parametrize("precision", ["fp32", "bf16", "fp16"])
+def test_one_cuda_device_trains_as_the_cpu_does(
+    run_config: dict[str, Any], general: Launch, precision: str
+) -> None:
+    without_dropout = {"hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.0}
+    run_config["students"][0]["overrides"] = without_dropout
+    output = run_config["output"]
+    assert general(run_config, f"output={output}-cpu").returncode == 0
+    done = general(run_config, f"deepspeed.precision={precision}", by="deepspeed", on="cuda")
+    assert done.returncode == 0, done.stderr
+    for found, exact in zip(evaluations(output), evaluations(f"{output}-cpu"), strict=True):
+        assert found["losses"] == pytest.approx(exact["losses"], rel=1e-3 if precision == "fp32" else 5e-2)
 
 
 def test_another_corpus_or_student_is_not_the_same_run(run_config: dict[str, Any], general: Launch) -> None:

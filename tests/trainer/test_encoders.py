@@ -11,7 +11,7 @@ from transformers import AutoModel, BertForMaskedLM, MPNetConfig, MPNetModel
 
 from configs.schema import Precision, TeacherConfig
 from tests.trainer.tiny import rows, tiny_config, tiny_encoder
-from trainer.encoders import load_encoder, load_teacher, load_teacher_config, load_tokenizer
+from trainer.encoders import check_sha256, load_encoder, load_teacher, load_teacher_config, load_tokenizer
 
 CPU = torch.device("cpu")
 
@@ -42,17 +42,17 @@ def test_a_teacher_is_ready_to_be_read_and_never_to_be_trained(folder, precision
 
 def test_the_checksum_of_the_weights(folder):
     digest = hashlib.sha256((folder / "model.safetensors").read_bytes()).hexdigest()
-    load_teacher(TeacherConfig(model=str(folder), sha256=digest), CPU)
+    check_sha256(TeacherConfig(model=str(folder), sha256=digest))
     with pytest.raises(ValueError, match=f"teacher.sha256={'0' * 64} does not match .*{digest}"):
-        load_teacher(TeacherConfig(model=str(folder), sha256="0" * 64), CPU)
+        check_sha256(TeacherConfig(model=str(folder), sha256="0" * 64))
     data = bytearray((folder / "model.safetensors").read_bytes())
     data[-1] ^= 1
     (folder / "model.safetensors").write_bytes(data)
     with pytest.raises(ValueError, match="the file is damaged or another model"):
-        load_teacher(TeacherConfig(model=str(folder), sha256=digest), CPU)
+        check_sha256(TeacherConfig(model=str(folder), sha256=digest))
     (folder / "model.safetensors").unlink()
     with pytest.raises(ValueError, match="teacher.sha256 is set, but .*model.safetensors does not exist"):
-        load_teacher(TeacherConfig(model=str(folder), sha256=digest), CPU)
+        check_sha256(TeacherConfig(model=str(folder), sha256=digest))
 
 
 def test_weights_that_the_file_lacks_are_no_teacher(folder):
