@@ -97,8 +97,9 @@ def distil(config: RunConfig) -> None:
         world.on_main(place, lambda: write_folder(config, place))
         started_s = time.perf_counter()
         run = build(config, place, corpus, resumed)
+        del resumed  # weights and moments of every student: the engines have them now
         reporter = Reporter(run, tracked)
-        reporter.started(resumed)
+        reporter.started(resumed=newest is not None)
         train(run, reporter)
         finish(run, reporter, time.perf_counter() - started_s)
         status = "FINISHED"
@@ -121,8 +122,6 @@ def check(config: RunConfig, place: World) -> Corpus:
     corpus = teacher_config = None
     try:
         corpus = open_corpus(config.data.corpus)
-        if config.evaluation.every_steps is not None:
-            corpus.split("heldout")
     except ValueError as error:
         problems.append(f"data.corpus={config.data.corpus}: {error}")
     try:
@@ -130,6 +129,11 @@ def check(config: RunConfig, place: World) -> Corpus:
         encoders.check_sha256(config.teacher)
     except ValueError as error:
         problems.append(str(error))
+    if corpus is not None and config.evaluation.every_steps and "heldout" not in corpus.manifest.splits:
+        problems.append(
+            f"evaluation.every_steps={config.evaluation.every_steps}, but the corpus has no held-out split; "
+            "build it with heldout_share above 0, or set evaluation.every_steps=null"
+        )
     if corpus is not None and teacher_config is not None:
         try:
             check_tokenizer(corpus.manifest, encoders.load_tokenizer(config.teacher))

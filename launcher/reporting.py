@@ -58,9 +58,8 @@ class Tracked:
         split = corpus.split("train")
         profile = {"documents": split.documents, "rows": split.rows, "tokens": split.tokens}
         run.log_dataset(corpus.root.name, corpus.fingerprint, str(corpus.root.resolve()), profile)
-        tracked = cls(run, [run])
         if len(config.students) == 1:
-            return tracked
+            return cls(run, [run])
         children = [
             TrackedRun.start(
                 **common,
@@ -104,7 +103,7 @@ class Reporter:
         self.folder = Path(run.config.output)
         self.revision = provenance.revision()
 
-    def started(self, resumed: Checkpoint | None) -> None:
+    def started(self, resumed: bool) -> None:
         """Say what is about to run, and log the files that tell what it is made of."""
         run, train, split = self.run, self.config.train, self.run.corpus.split("train")
         log.info("teacher %s in %s", self.config.teacher.model, self.config.teacher.precision.value)
@@ -118,7 +117,7 @@ class Reporter:
         deepspeed = f"ZeRO stage {self.config.deepspeed.zero_stage}, {self.config.deepspeed.precision.value}"
         steps = f"{run.total_steps} steps of {train.global_batch_rows} rows"
         log.info("%s on %s, %s", steps, ranks, deepspeed)
-        if resumed is not None:
+        if resumed:
             log.info("resumed at step %d (%d rows consumed)", run.progress.step, run.progress.rows)
         if self.tracked is not None:
             log.info("in MLflow: %s", self.tracked.run.url)
