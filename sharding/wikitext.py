@@ -13,83 +13,45 @@ from mwparserfromhell.nodes import ExternalLink, Heading, HTMLEntity, Node, Tag,
 from mwparserfromhell.parser import ParserError
 from mwparserfromhell.wikicode import Wikicode
 
-DROPPED_SECTIONS = {
-    *(
-        "references",
-        "external links",
-        "external link",
-        "see also",
-        "further reading",
-        "bibliography",
-        "notes",
-    ),
-    *("notes and references", "references and notes", "footnotes", "citations", "sources", "works cited"),
-    *(
-        "gallery",
-        "image gallery",
-        "literature",
-        "selected bibliography",
-        "cited sources",
-        "general references",
-    ),
-}
-DROPPED_TAGS = {
-    *(
-        "ref",
-        "references",
-        "table",
-        "tr",
-        "td",
-        "th",
-        "caption",
-        "gallery",
-        "imagemap",
-        "mapframe",
-        "maplink",
-    ),
-    *(
-        "math",
-        "chem",
-        "ce",
-        "code",
-        "syntaxhighlight",
-        "source",
-        "pre",
-        "score",
-        "timeline",
-        "graph",
-        "hiero",
-    ),
-    *("templatedata", "templatestyles", "indicator", "categorytree", "inputbox", "includeonly", "style"),
-}
+DROPPED_SECTIONS = set(
+    (
+        "references, external links, external link, see also, further reading, bibliography, notes, notes "
+        "and references, references and notes, footnotes, citations, sources, works cited, gallery, image "
+        "gallery, literature, selected bibliography, cited sources, general references"
+    ).split(", ")
+)
+DROPPED_TAGS = set(
+    (
+        "ref references table tr td th caption gallery imagemap mapframe maplink math chem ce code "
+        "syntaxhighlight source pre score timeline graph hiero templatedata templatestyles indicator "
+        "categorytree inputbox includeonly style"
+    ).split()
+)
 DROPPED_LINKS = {"file", "image", "media", "category"}
 LANGUAGE_CODE = re.compile(r"[a-z]{2,3}(-[a-z]+)*|simple")
 
 WORD_TEMPLATES = {
-    **dict.fromkeys(
-        ("nowrap", "nobr", "small", "big", "smaller", "larger", "abbr", "tooltip", "dfn", "em"), "{1}"
-    ),
-    **dict.fromkeys(
-        ("strong", "ill", "interlanguage link", "nihongo", "sic", "not a typo", "linktext"), "{1}"
-    ),
-    **dict.fromkeys(
-        ("visible anchor", "vanchor", "angbr", "sc", "vr", "sup", "sub", "keypress", "midsize"), "{1}"
-    ),
-    **dict.fromkeys(("lang", "rtl-lang", "script", "color", "wikt-lang"), "{2|1}"),
-    **dict.fromkeys(("transl", "transliteration"), "{3|2|1}"),
-    **dict.fromkeys(("quote", "blockquote", "cquote", "quotation", "bq", "rquote"), "\n{text|quote|1}\n"),
-    **dict.fromkeys(
-        ("snd", "spnd", "spaced ndash", "ndash", "–", "dash", "mdash", "mdashb", "em dash"), " – "
-    ),
-    **dict.fromkeys(("circa", "c."), "c. {1}"),
-    **dict.fromkeys(("uss", "hms", "ss", "rms"), "{name} {1}"),
-    **dict.fromkeys(("val", "formatnum", "gaps"), "{1}"),
-    **dict.fromkeys(("as of", "asof"), "as of {1}"),
-    **dict.fromkeys(("frac", "fraction", "sfrac"), "{1}/{2}"),
-    **dict.fromkeys(("us$", "usd"), "US${1}"),
-    **dict.fromkeys(("'", "`", "apostrophe"), "'"),
-    **dict.fromkeys(("nbsp", "space", "spaces"), " "),
-    **dict.fromkeys(("'s",), "'s"),
+    name: shown
+    for shown, names in {
+        "{1}": (
+            "nowrap, nobr, small, big, smaller, larger, abbr, tooltip, dfn, em, strong, ill, interlanguage "
+            "link, nihongo, sic, not a typo, linktext, visible anchor, vanchor, angbr, sc, vr, sup, sub, "
+            "keypress, midsize, val, formatnum, gaps"
+        ),
+        "{2|1}": "lang, rtl-lang, script, color, wikt-lang",
+        "{3|2|1}": "transl, transliteration",
+        "\n{text|quote|1}\n": "quote, blockquote, cquote, quotation, bq, rquote",
+        " – ": "snd, spnd, spaced ndash, ndash, –, dash, mdash, mdashb, em dash",
+        "c. {1}": "circa, c.",
+        "{name} {1}": "uss, hms, ss, rms",
+        "as of {1}": "as of, asof",
+        "{1}/{2}": "frac, fraction, sfrac",
+        "US${1}": "us$, usd",
+        "'": "', `, apostrophe",
+        " ": "nbsp, space, spaces",
+        "'s": "'s",
+    }.items()
+    for name in names.split(", ")
 }
 """Templates that carry words of the sentence, much as Wikipedia shows them: ``{2|1}`` is argument 2, or else
 1; a template that lacks an argument is left out."""
