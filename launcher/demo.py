@@ -124,15 +124,16 @@ def compare(config: RunConfig) -> tuple[Table, float]:
     seq_len = corpus.manifest.seq_len
     teacher_speed, student_speed = rows_per_s([teacher, exported], seq_len)
 
+    name = "/".join(config.teacher.model.rstrip("/").split("/")[-2:])  # a hub name, or the end of a path
     columns = ("", "parameters", "embedding", "hidden", "attention", "held-out loss", "rows/s", "speed-up")
-    table = Table(*columns, title=f"{config.teacher.model.rstrip('/').split('/')[-1]} -> {student.name}")
+    table = Table(*columns, title=f"{name} -> {student.name}")
     depth = f"{teacher_config.num_hidden_layers} layers x {teacher_config.hidden_size}"
     shape = f"{student.layers} layers x {student.hidden_size}"
-    table.add_row(f"teacher, {depth}", millions(teacher), "", "", "", "", f"{teacher_speed:.0f}", "1.0")
+    table.add_row(f"teacher, {depth}", millions(teacher), "", "", "", "", f"{teacher_speed:.0f}", "1.0x")
     table.add_row(f"student {shape}, untrained", millions(exported), *cells(untrained))
     kept = f"{student.layers} of the teacher's layers"
     table.add_row(kept, millions(layered), *cells(layered_losses))
-    speed = f"{student_speed:.0f}", f"{student_speed / teacher_speed:.1f}"
+    speed = f"{student_speed:.0f}", f"{student_speed / teacher_speed:.1f}x"
     table.add_row(f"student {shape}, distilled", millions(exported), *cells(distilled), *speed)
     return table, 1 - distilled["total"] / untrained["total"]
 
@@ -218,12 +219,16 @@ def conclude(config: RunConfig, table: Table, fall: float, seconds: dict[str, fl
     export = Path(config.output) / "export" / config.students[0].name
     console.print(f"The held-out distillation loss fell by {fall:.0%} from its value at step 0.")
     console.print("Time: " + ", ".join(f"{phase} {duration(spent)}" for phase, spent in seconds.items()))
-    console.print("\nWhere to look:", highlight=False)
-    console.print(
-        "  make ui                    losses, speed and the exported model in MLflow", highlight=False
-    )
-    console.print(f"  {config.output}/           resolved config, checkpoints, evaluations", highlight=False)
-    console.print(f"  AutoModel.from_pretrained({str(export)!r})", highlight=False)
+    store = (Path(config.output).parent / "mlflow/mlflow.db").resolve()
+    own = store == (ROOT / ".demo/mlflow/mlflow.db").resolve()  # where ``make ui`` looks by itself
+    places = {
+        "in MLflow": "make ui" if own else f"make ui STORE=sqlite:///{store}",
+        "run folder": f"{config.output}/",
+        "student": f"AutoModel.from_pretrained({str(export)!r})",
+    }
+    console.print("\nWhere to look:")
+    for name, place in places.items():
+        console.print(f"  {name:10}  {place}", highlight=False, soft_wrap=True)
 
 
 if __name__ == "__main__":
