@@ -211,6 +211,19 @@ def test_one_cuda_device_trains_as_the_cpu_does(
         assert found["losses"] == pytest.approx(exact["losses"], rel=1e-3 if precision == "fp32" else 5e-2)
 
 
+@pytest.mark.parametrize("zero_stage", [2, 3])
+def test_parameters_that_no_loss_reaches_do_no_harm(
+    run_config: dict[str, Any], general: Launch, zero_stage: int
+) -> None:
+    """Attention of the last layer alone: the projections and that layer's own output get no gradient."""
+    run_config["students"][0]["losses"] = {"embedding": 0.0, "hidden": 0.0, "layers": [0.0, 1.0]}
+    done = general(run_config, f"deepspeed.zero_stage={zero_stage}", ranks=2, by="torchrun")
+    assert done.returncode == 0, done.stderr
+    first, *_, last = (entry["losses"] for entry in evaluations(run_config["output"]))
+    assert set(last) == {"total", "attention/2"}
+    assert last["total"] < first["total"]
+
+
 def test_another_corpus_or_student_is_not_the_same_run(run_config: dict[str, Any], general: Launch) -> None:
     assert general(run_config, "train.steps=2").returncode == 0
     before = final_weights(run_config["output"])
