@@ -9,7 +9,7 @@ from sharding.stream import Batch, sequential
 from trainer.capture import Captured
 from trainer.losses import Transfer, denominators, distil, valid_counts, weights
 from trainer.models import Inputs
-from trainer.world import World, total
+from trainer.world import World, sum_over_ranks
 
 Encode = Callable[[Inputs], Captured]
 """Runs an encoder on a micro batch; for a student, hidden states come projected to the teacher's width."""
@@ -41,7 +41,7 @@ def evaluate(
         for (encode, transfer), student_sums in zip(students, sums, strict=True):
             for key, value in distil(encode(inputs), targets, inputs.mask_BS, transfer).items():
                 student_sums[key] += float(value) * counted
-    tokens, pairs = total(counts).tolist()
+    tokens, pairs = sum_over_ranks(counts).tolist()
     return [
         _means(student_sums, transfer, tokens, pairs, teacher_hidden_size, world)
         for (_, transfer), student_sums in zip(students, sums, strict=True)
@@ -70,7 +70,9 @@ def _means(
     teacher_hidden_size: int,
     world: World,
 ) -> dict[str, float]:
-    reduced = total(torch.tensor(list(sums.values()), dtype=torch.float64, device=world.device)).tolist()
+    reduced = sum_over_ranks(
+        torch.tensor(list(sums.values()), dtype=torch.float64, device=world.device)
+    ).tolist()
     counts, term_weights = denominators(transfer, tokens, pairs, teacher_hidden_size), weights(transfer)
     values = {key: value / counts[key] for key, value in zip(sums, reduced, strict=True)}
     return {"total": sum(term_weights[key] * value for key, value in values.items()), **values}

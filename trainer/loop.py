@@ -22,8 +22,7 @@ from trainer.losses import Transfer, denominators, distil, total, valid_counts, 
 from trainer.meter import LossMeter, SpeedMeter
 from trainer.models import Inputs
 from trainer.schedule import lr_multiplier
-from trainer.world import World
-from trainer.world import total as total_over_ranks
+from trainer.world import World, sum_over_ranks
 
 
 class NonFiniteError(RuntimeError):
@@ -89,8 +88,8 @@ def train(run: Run, listener: Listener) -> None:
         CorpusError: a damaged shard.
     """
     progress, config, end = run.progress, run.config, run.total_steps
-    if progress.step == 0:
-        _evaluate_if_due(run, listener)
+    if progress.step == 0 and config.evaluation.every_steps is not None:
+        _evaluate(run, listener)
     for batch in run.speed.timed(_batches(run)):
         tokens = _accumulate_gradients(run, batch)
         for trainee in run.trainees:
@@ -102,7 +101,7 @@ def train(run: Run, listener: Listener) -> None:
         if _due(config.log.every_steps, progress.step, end):
             _log(run, listener)
         if _due(config.evaluation.every_steps, progress.step, end):
-            _evaluate_if_due(run, listener)
+            _evaluate(run, listener)
         if _due(config.checkpoint.every_steps, progress.step, end) or progress.step == end:
             listener.save(progress)
 
@@ -114,7 +113,7 @@ def _accumulate_gradients(run: Run, batch: Batch) -> int:
     batch: so neither ranks, nor micro batches, nor padding change loss or gradient.
     """
     device, size = run.world.device, run.config.train.micro_batch_rows
-    counts = total_over_ranks(valid_counts(batch.length_B).to(device))
+    counts = sum_over_ranks(valid_counts(batch.length_B).to(device))
     tokens, pairs = counts.tolist()
     for micro, start in enumerate(range(0, len(batch.length_B), size)):
         inputs = Inputs.of(batch, slice(start, start + size), device)
@@ -173,9 +172,7 @@ def _log(run: Run, listener: Listener) -> None:
     )
 
 
-def _evaluate_if_due(run: Run, listener: Listener) -> None:
-    if run.config.evaluation.every_steps is None:
-        return
+def _evaluate(run: Run, listener: Listener) -> None:
     encoders = [(trainee.engine, trainee.transfer) for trainee in run.trainees]
     for trainee in run.trainees:
         trainee.engine.train(False)

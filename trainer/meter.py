@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from sharding.stream import Batch
-from trainer.world import World, total
+from trainer.world import World, sum_over_ranks
 
 
 @dataclass
@@ -30,7 +30,7 @@ class LossMeter:
     def means(self, weights: Mapping[str, float], steps: int) -> dict[str, float]:
         """Return the mean per step of every term and of the weighted ``total``, and reset (collective)."""
         keys = list(weights)
-        reduced = total(torch.stack([self.shares[key] for key in keys])) / steps
+        reduced = sum_over_ranks(torch.stack([self.shares[key] for key in keys])) / steps
         self.shares = {}
         values = dict(zip(keys, reduced.tolist(), strict=True))
         return {"total": sum(weights[key] * value for key, value in values.items()), **values}

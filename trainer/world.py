@@ -90,7 +90,7 @@ def connect(world: World, environment: Mapping[str, str], timeout: timedelta) ->
     )
 
 
-def total(values: torch.Tensor) -> torch.Tensor:
+def sum_over_ranks(values: torch.Tensor) -> torch.Tensor:
     """Return the element-wise sum of ``values`` over all ranks (collective); ``values`` is overwritten."""
     dist.all_reduce(values)
     return values

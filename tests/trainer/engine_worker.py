@@ -77,7 +77,7 @@ def train(own: Engine, place: world.World, steps: range, nan: bool = False) -> l
             own.backward(loss * float("nan") if nan else loss)
             loss_sum += loss.detach()
         result = own.step(LR)
-        loss_sum = world.total(loss_sum)
+        loss_sum = world.sum_over_ranks(loss_sum)
         results.append({"loss": float(loss_sum), "norm": result.grad_norm, "applied": result.applied})
     return results
 

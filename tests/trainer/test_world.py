@@ -95,7 +95,7 @@ def test_one_process_meets_itself(monkeypatch):
     world.connect(alone, {}, timedelta(seconds=30))
     try:
         assert (dist.get_rank(), dist.get_world_size(), dist.get_backend()) == (0, 1, "gloo")
-        assert world.total(torch.tensor([1.0, 2.0])).tolist() == [1.0, 2.0]
+        assert world.sum_over_ranks(torch.tensor([1.0, 2.0])).tolist() == [1.0, 2.0]
         assert on_main(alone, lambda: "done") == "done"
     finally:
         dist.destroy_process_group()
@@ -119,7 +119,7 @@ def fail():
     raise ValueError("said once")
 try:
     print(place.rank, world.on_main(place, lambda: f"from {place.rank}"),
-          world.total(torch.tensor([place.rank + 1.0])).item(), flush=True)
+          world.sum_over_ranks(torch.tensor([place.rank + 1.0])).item(), flush=True)
     world.on_main(place, fail)
 finally:
     torch.distributed.destroy_process_group()
