@@ -241,13 +241,16 @@ def make_speed_meter(
     config: RunConfig, place: World, teacher: PreTrainedConfig, trainees: list[Trainee], seq_len: int
 ) -> SpeedMeter:
     """Count a row's operations and measure how fast this device could do them at best."""
-    flops = encoder_forward_flops(teacher, 1, seq_len)
-    floor_s = flops / matrix_rate(encoders.DTYPES[config.teacher.precision], place.device)
-    student_rate = matrix_rate(encoders.DTYPES[config.deepspeed.precision], place.device)
-    for trainee in trainees:
-        own = 3 * encoder_forward_flops(trainee.engine.module.encoder.config, 1, seq_len)
-        flops, floor_s = flops + own, floor_s + own / student_rate
-    return SpeedMeter(flops_per_row=flops, floor_s_per_row=floor_s)
+    shapes_of_students = [trainee.engine.module.encoder.config for trainee in trainees]
+    try:
+        teacher_flops = encoder_forward_flops(teacher, 1, seq_len)
+        student_flops = 3 * sum(encoder_forward_flops(shape, 1, seq_len) for shape in shapes_of_students)
+    except ValueError as error:
+        log.warning("no MFU: %s", error)
+        return SpeedMeter(flops_per_row=None, floor_s_per_row=0.0)
+    teacher_s = teacher_flops / matrix_rate(encoders.DTYPES[config.teacher.precision], place.device)
+    student_s = student_flops / matrix_rate(encoders.DTYPES[config.deepspeed.precision], place.device)
+    return SpeedMeter(flops_per_row=teacher_flops + student_flops, floor_s_per_row=teacher_s + student_s)
 
 
 def finish(run: Run, reporter: Reporter, wall_s: float) -> None:

@@ -40,8 +40,9 @@ class LossMeter:
 class SpeedMeter:
     """Rows and tokens per second over all ranks, the share of time spent waiting for data, time left."""
 
-    flops_per_row: float
-    """Model operations per row: teacher forward, and three forwards' worth for every student."""
+    flops_per_row: float | None
+    """Model operations per row: teacher forward, and three forwards' worth for every student; None when an
+    architecture's are not known, which leaves the two figures out that need them."""
     floor_s_per_row: float
     """Seconds that one rank's matrix units would need for a row's operations at their measured rate."""
     rows: int = 0  # since the last report, over all ranks
@@ -80,13 +81,15 @@ class SpeedMeter:
             "speed/rows_per_s": rows_per_s,
             "speed/tokens_per_s": self.tokens / self.span_s,
             "speed/step_s": self.span_s / self.steps,
-            "speed/tflops_per_rank": rows_per_s / world.size * self.flops_per_row / 1e12,
-            "speed/mfu": rows_per_s / world.size * self.floor_s_per_row,
             "data/wait_s": self.wait_s / self.steps,
             "data/wait_share": self.wait_s / self.span_s,
             "time/eta_s": rows_left * self.total_s / self.total_rows,
             **_memory(world),
         }
+        if self.flops_per_row is not None:
+            rows_per_rank_s = rows_per_s / world.size
+            figures["speed/tflops_per_rank"] = rows_per_rank_s * self.flops_per_row / 1e12
+            figures["speed/mfu"] = rows_per_rank_s * self.floor_s_per_row
         self.rows = self.tokens = self.steps = 0
         self.wait_s = self.span_s = 0.0
         return figures

@@ -118,3 +118,10 @@ def test_time_outside_steps_is_left_out(monkeypatch):
     assert all(got is batch for got, batch in zip(seen, batches, strict=True))
     assert (meter.span_s, meter.wait_s) == (15.0, 6.0)
     assert (meter.rows, meter.tokens, meter.steps) == (24, 150, 3)
+
+
+def test_without_a_count_of_operations_there_is_no_mfu():
+    meter = SpeedMeter(flops_per_row=None, floor_s_per_row=0.0, rows=8, tokens=16, steps=1, span_s=2.0)
+    figures = meter.report(rows_left=4, world=ALONE)
+    assert figures["speed/rows_per_s"] == 4.0 and figures["time/eta_s"] == 1.0
+    assert not {"speed/mfu", "speed/tflops_per_rank"} & set(figures)
