@@ -28,6 +28,7 @@ from configs.schema import RunConfig, StudentConfig
 from configs.validate import check_batch
 from launcher import provenance
 from launcher.reporting import Reporter, Tracked, duration
+from sharding.files import write_text
 from sharding.manifest import Corpus, open_corpus
 from sharding.tokens import check_tokenizer
 from trainer import checkpoint as checkpoints
@@ -113,7 +114,7 @@ def distil(config: RunConfig) -> None:
 
 
 def check(config: RunConfig, place: World) -> Corpus:
-    """Return the corpus, after everything that can be checked without the teacher's weights.
+    """Return the corpus, after everything that can be checked before weights are loaded and ranks meet.
 
     Raises:
         ConfigError: all problems together.
@@ -184,10 +185,10 @@ def write_folder(config: RunConfig, place: World) -> None:
         "revision": provenance.revision(),
         "versions": provenance.versions(),
     }
-    (folder / "config.yaml").write_text(to_yaml(config), encoding="utf-8")
-    (folder / "deepspeed.json").write_text(json.dumps(engines, indent=1) + "\n", encoding="utf-8")
-    (folder / "origin.json").write_text(json.dumps(origin, indent=1) + "\n", encoding="utf-8")
-    (folder / "changes.diff").write_text(provenance.changes(), encoding="utf-8")
+    write_text(folder / "config.yaml", to_yaml(config))
+    write_text(folder / "deepspeed.json", json.dumps(engines, indent=1) + "\n")
+    write_text(folder / "origin.json", json.dumps(origin, indent=1) + "\n")
+    write_text(folder / "changes.diff", provenance.changes())
 
 
 def build(config: RunConfig, place: World, corpus: Corpus, resumed: Checkpoint | None) -> Run:
@@ -275,7 +276,7 @@ def finish(run: Run, reporter: Reporter, wall_s: float) -> None:
         return
     if run.speed.total_rows:
         summary |= {"wall_s": wall_s, "rows_per_s": run.speed.total_rows / run.speed.total_s}
-        (folder / "summary.json").write_text(json.dumps(summary, indent=1) + "\n", encoding="utf-8")
+        write_text(folder / "summary.json", json.dumps(summary, indent=1) + "\n")
     if reporter.tracked is not None:
         reporter.tracked.log_file(folder / "summary.json")
         reporter.tracked.log_file(folder / "evaluations.jsonl")

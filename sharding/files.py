@@ -1,4 +1,4 @@
-"""Folders that are there whole or not at all, and what a file holds."""
+"""Folders and files that are there whole or not at all, and what a file holds."""
 
 import contextlib
 import hashlib
@@ -35,6 +35,18 @@ def install_folder(partial: Path, final: Path) -> None:
     partial.rename(final)
     sync(final.parent)
     shutil.rmtree(aside, ignore_errors=True)
+
+
+def write_text(path: Path, text: str) -> None:
+    """Write a text file that is there whole or not at all: the old content stays until the new is complete."""
+    partial = path.with_name(f".{path.name}.partial")
+    try:
+        partial.write_text(text, encoding="utf-8")
+        sync(partial)
+        partial.replace(path)
+    except BaseException:
+        partial.unlink(missing_ok=True)
+        raise
 
 
 def sync(path: Path) -> None:

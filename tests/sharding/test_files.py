@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from sharding.files import install_folder, new_folder, sha256, sync
+from sharding.files import install_folder, new_folder, sha256, sync, write_text
 
 
 def folder_of(path: Path, text: str) -> Path:
@@ -90,3 +90,14 @@ def test_sha256(tmp_path: Path) -> None:
     assert sha256(tmp_path / "file") == hashlib.sha256(content).hexdigest()
     (tmp_path / "empty").touch()
     assert sha256(tmp_path / "empty").startswith("e3b0c44298fc1c14")  # FIPS 180-4's value for no input
+
+
+def test_a_text_is_replaced_whole_or_not_at_all(tmp_path: Path) -> None:
+    path = tmp_path / "config.yaml"
+    write_text(path, "first")
+    write_text(path, "second ü")
+    assert path.read_text(encoding="utf-8") == "second ü"
+    with pytest.raises(UnicodeEncodeError):
+        write_text(path, "third, cut off by \ud800")
+    assert path.read_text(encoding="utf-8") == "second ü"
+    assert list(tmp_path.iterdir()) == [path]
