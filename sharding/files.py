@@ -38,7 +38,7 @@ def install_folder(partial: Path, final: Path) -> None:
 
 
 def write_text(path: Path, text: str) -> None:
-    """Write a text file that is there whole or not at all: the old content stays until the new is complete."""
+    """Write a text file whole or not at all: the old content stays until the new is complete."""
     partial = path.with_name(f".{path.name}.partial")
     try:
         partial.write_text(text, encoding="utf-8")
