@@ -15,7 +15,8 @@ import yaml
 from omegaconf import MISSING, DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
-from configs.schema import CorpusConfig, RunConfig
+from configs.corpus_schema import CorpusConfig
+from configs.schema import RunConfig
 from configs.validate import check_corpus, check_run
 
 Config = TypeVar("Config", RunConfig, CorpusConfig)

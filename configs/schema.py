@@ -1,7 +1,6 @@
-"""The schema: every key a user can set, its type, its default and its meaning.
+"""The schema of a run (``launcher/general.py``): every key a user can set, its type, default and meaning.
 
-Two roots exist, one per job: ``RunConfig`` (general distillation, ``launcher/general.py``) and
-``CorpusConfig`` (corpus build, ``launcher/corpus.py``). OmegaConf reads them as structured configs;
+``configs.corpus_schema`` is that of a corpus build. OmegaConf reads both as structured configs;
 ``configs.load`` merges defaults < YAML < command line into them and reports every problem at once.
 ``None`` always means "not set"; no number is a sentinel.
 """
@@ -56,26 +55,13 @@ class NonFinite(Enum):
     """Leave the weights as they were, count the step, go on with the next rows."""
 
 
-class Packing(Enum):
-    """How documents fill rows."""
+class Damaged(Enum):
+    """What happens when a block of the corpus does not match its checksums."""
 
-    full = "full"
-    """Rows are filled across document ends; only the last row of a split can hold padding."""
-    document = "document"
-    """A row never leaves its document; a document's last row is padded."""
-
-
-class SourceKind(Enum):
-    """What kind of text a corpus is built from."""
-
-    mediawiki = "mediawiki"
-    """A MediaWiki XML export, .xml or .xml.bz2, as Wikimedia publishes it."""
-    jsonl = "jsonl"
-    """One JSON object per line with a text field (.jsonl, .jsonl.gz, .jsonl.bz2, .jsonl.xz)."""
-    text = "text"
-    """Plain text (optionally .gz, .bz2, .xz); documents are separated by blank lines, or one per line."""
-    datasets = "datasets"
-    """A Hugging Face ``datasets`` text dataset by hub name or local folder."""
+    stop = "stop"
+    """End with an error that names shard, member and offset."""
+    quarantine = "quarantine"
+    """From that step on its rows are masked on all ranks, as padding is. Part of the run's state."""
 
 
 @dataclass
@@ -165,17 +151,49 @@ class StudentConfig:
 
 
 @dataclass
-class DataConfig:
-    """The corpus that is read and how."""
+class MixtureConfig:
+    """One corpus of a mixture."""
 
     corpus: str = MISSING
-    """Folder that ``launcher/corpus.py build`` wrote (it holds ``manifest.json``)."""
+    """Folder or URL of the corpus. All corpora of a mixture are built with the same tokenizer."""
+    name: str | None = None
+    """Names it in metrics; not set: the last part of ``corpus``."""
+    weight: float | None = None
+    """Share of the run's rows, relative to the other weights; not set, for all or none: the corpus's rows."""
+
+
+@dataclass
+class CacheConfig:
+    """The cache of remote corpora on a node's own disk, shared by all its processes and jobs."""
+
+    folder: str | None = None
+    """Where it lies; not set: ``tinybert-corpus-cache-UID`` in the system's folder for temporary files
+    (``TMPDIR``)."""
+    max_bytes: int = 68_719_476_736
+    """Most that it may hold; what was used longest ago goes first."""
+
+
+@dataclass
+class DataConfig:
+    """The corpora that are read and how."""
+
+    corpus: str | None = None
+    """Folder or URL (``s3://``, ``gs://``, ``https://``, anything fsspec reaches) of a corpus that
+    ``launcher/corpus.py build`` wrote; it holds ``manifest.json``. Set this or ``mixture``."""
+    mixture: list[MixtureConfig] = field(default_factory=list)
+    """Several corpora. Those of one ``seq_len`` form a bin; a step draws all its rows from one bin."""
     group_blocks: int = 16
     """Blocks (1,024 rows each) whose rows are shuffled together; memory per reader grows with it."""
     workers: int = 1
     """Reader processes per rank; 0 reads in the training process. The order does not depend on it."""
     prefetch_steps: int = 4
     """Optimizer steps that each reader process prepares ahead."""
+    prefetch_blocks: int = 32
+    """Remote corpora: blocks beyond the ones in use that are fetched ahead of need."""
+    cache: CacheConfig = field(default_factory=CacheConfig)
+    """Remote corpora: the node's cache."""
+    damaged: Damaged = Damaged.stop
+    """Policy for a block that does not match its checksums."""
 
 
 @dataclass
@@ -294,57 +312,3 @@ class RunConfig:
     """Progress and metrics."""
     tracking: TrackingConfig = field(default_factory=TrackingConfig)
     """MLflow."""
-
-
-@dataclass
-class SourceConfig:
-    """Where the text comes from."""
-
-    kind: SourceKind = MISSING
-    """What the source is."""
-    path: str = MISSING
-    """File, folder or glob of files in sorted order; for ``datasets`` a hub name or a local folder."""
-    subset: str | None = None
-    """``datasets`` only: configuration name, such as ``20231101.en``."""
-    split: str = "train"
-    """``datasets`` only: split."""
-    revision: str | None = None
-    """Revision of the source, kept in the manifest: a dump date, a hub commit."""
-    text_field: str = "text"
-    """``jsonl`` and ``datasets``: field that holds the text."""
-    id_field: str | None = None
-    """``jsonl`` and ``datasets``: field that identifies the document; not set: file name and position."""
-    one_per_line: bool = False
-    """``text`` only: every line is a document; otherwise blank lines separate documents."""
-
-
-@dataclass
-class CorpusConfig:
-    """One corpus build."""
-
-    output: str = MISSING
-    """Folder of the corpus. Written beside it under a temporary name and renamed when complete."""
-    source: SourceConfig = field(default_factory=SourceConfig)
-    """The text."""
-    tokenizer: str = MISSING
-    """Hub name or local folder of the teacher's tokenizer (a fast tokenizer)."""
-    tokenizer_revision: str | None = None
-    """Hub revision of the tokenizer."""
-    seq_len: int = 128
-    """Most tokens in a row, special tokens included."""
-    packing: Packing = Packing.full
-    """How documents fill rows."""
-    min_document_chars: int = 200
-    """Documents whose clean text is shorter are left out."""
-    max_documents: int | None = None
-    """Stop after so many documents of the source (redirects and empty pages not counted)."""
-    heldout_share: float = 0.005
-    """Share of the documents that goes to the held-out split, chosen by a hash of the document id."""
-    block_rows: int = 1024
-    """Rows in one tar member."""
-    max_shard_bytes: int = 134_217_728
-    """A shard is closed before it would grow past this size."""
-    processes: int | None = None
-    """Worker processes; not set: one per core. The output does not depend on it."""
-    overwrite: bool = False
-    """Replace an existing corpus at ``output``; without it an existing corpus is an error."""

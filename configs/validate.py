@@ -7,17 +7,9 @@ import math
 import re
 from collections import Counter
 
+from configs.corpus_schema import CorpusConfig, SourceKind
 from configs.deepspeed import DERIVED, conflicts
-from configs.schema import (
-    CorpusConfig,
-    LossConfig,
-    Offload,
-    OptimizerConfig,
-    Precision,
-    RunConfig,
-    SourceKind,
-    StudentConfig,
-)
+from configs.schema import LossConfig, Offload, OptimizerConfig, Precision, RunConfig, StudentConfig
 
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.-]*")
 _MAX_SEQ_LEN = 65_535  # row lengths are stored as uint16

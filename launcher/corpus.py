@@ -4,8 +4,8 @@
     python launcher/corpus.py verify FOLDER
     python launcher/corpus.py stat FOLDER [--json]
 
-Keys are those of ``configs.schema.CorpusConfig``. Exit codes: 0 done, 1 ``verify`` found damage, 2 a mistake
-in what was asked (configuration, input, disk), told in a short message.
+Keys are those of ``configs.corpus_schema``. Exit codes: 0 done, 1 ``verify`` found damage, 2 a mistake in what
+was asked (configuration, input, disk), told in a short message.
 """
 
 import argparse
@@ -17,8 +17,8 @@ from pathlib import Path
 if __package__ in (None, ""):  # run as a script, Python puts launcher/ on the path instead of the repository
     sys.path[0] = str(Path(__file__).resolve().parents[1])
 
+from configs.corpus_schema import CorpusConfig  # noqa: E402
 from configs.load import ConfigError, load_config  # noqa: E402
-from configs.schema import CorpusConfig  # noqa: E402
 from sharding.manifest import CorpusError, open_corpus, read_manifest  # noqa: E402
 
 

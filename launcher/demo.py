@@ -114,7 +114,7 @@ def distil(overrides: list[str]) -> None:
 
 def compare(config: RunConfig) -> tuple[Table, float]:
     """Return the table of held-out losses, parameters and speed, and the share by which the loss fell."""
-    student, corpus = config.students[0], open_corpus(config.data.corpus)
+    student, corpus = config.students[0], open_corpus(config.data.corpus or "")
     untrained, distilled = recorded_losses(Path(config.output) / "evaluations.jsonl")
     teacher_config = encoders.load_teacher_config(config.teacher)
     layered, layered_losses = teacher_layers(config, student, corpus)

@@ -122,7 +122,7 @@ def check(config: RunConfig, place: World) -> Corpus:
     problems = check_batch(config.train.global_batch_rows, config.train.micro_batch_rows, place.size)
     corpus = teacher_config = None
     try:
-        corpus = open_corpus(config.data.corpus)
+        corpus = open_corpus(config.data.corpus or "")
     except ValueError as error:
         problems.append(f"data.corpus={config.data.corpus}: {error}")
     try:

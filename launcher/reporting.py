@@ -57,7 +57,7 @@ class Tracked:
         )
         split = corpus.split("train")
         profile = {"documents": split.documents, "rows": split.rows, "tokens": split.tokens}
-        run.log_dataset(corpus.root.name, corpus.fingerprint, str(corpus.root.resolve()), profile)
+        run.log_dataset(corpus.store.name, corpus.fingerprint, corpus.store.location, profile)
         if len(config.students) == 1:
             return cls(run, [run])
         children = [
@@ -112,7 +112,9 @@ class Reporter:
             shape = f"{student.layers} layers x {student.hidden_size}, {student.heads} heads"
             log.info("student %s: %s, learns from teacher layers %s", student.name, shape, layer_map)
         counts = f"{split.rows} rows, {split.tokens} tokens"
-        log.info("corpus %s: %s, fingerprint %s", run.corpus.root, counts, run.corpus.fingerprint[:12])
+        log.info(
+            "corpus %s: %s, fingerprint %s", run.corpus.store.location, counts, run.corpus.fingerprint[:12]
+        )
         ranks = f"{run.world.size} ranks ({run.world.device.type})"
         deepspeed = f"ZeRO stage {self.config.deepspeed.zero_stage}, {self.config.deepspeed.precision.value}"
         steps = f"{run.total_steps} steps of {train.global_batch_rows} rows"

@@ -20,7 +20,7 @@ from pathlib import Path
 
 from tqdm import tqdm
 
-from configs.schema import CorpusConfig, Packing, SourceKind
+from configs.corpus_schema import CorpusConfig, Packing, SourceKind
 from sharding.files import install_folder, sync
 from sharding.manifest import (
     FORMAT_VERSION,

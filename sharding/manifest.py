@@ -5,11 +5,14 @@ fingerprint is the SHA-256 of the manifest's canonical JSON without the fingerpr
 holds a SHA-256 of every shard, two corpora with the same fingerprint are the same bytes.
 """
 
+import errno
 import hashlib
 import json
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
+
+from sharding.store import Store
 
 MANIFEST_NAME = "manifest.json"
 FORMAT_VERSION = 1
@@ -111,9 +114,9 @@ class Manifest:
 
 @dataclass(frozen=True)
 class Corpus:
-    """A corpus on disk: its manifest, its fingerprint, and where its shards are."""
+    """A corpus: its manifest, its fingerprint, and where its shards are."""
 
-    root: Path
+    store: Store
     manifest: Manifest
     fingerprint: str
 
@@ -121,44 +124,40 @@ class Corpus:
         """The split ``train`` or ``heldout``; CorpusError when the corpus has no such split."""
         if name not in self.manifest.splits:
             raise CorpusError(
-                f"corpus {self.root} has no split {name!r}, only {', '.join(sorted(self.manifest.splits))}; "
-                f"it was built with heldout_share={self.manifest.heldout_share}: build it with a larger share"
+                f"corpus {self.store.location} has no split {name!r}, only "
+                f"{', '.join(sorted(self.manifest.splits))}; it was built with heldout_share="
+                f"{self.manifest.heldout_share}: build it with a larger share"
             )
         return self.manifest.splits[name]
 
 
-def open_corpus(folder: str | Path) -> Corpus:
+def open_corpus(location: str | Path) -> Corpus:
     """Read the manifest and check that every shard is there with its size (contents: see ``verify``).
 
     Raises: CorpusError, naming all missing or cut shards together.
     """
-    root = Path(folder)
-    corpus = read_manifest(root)
-    problems = [
-        problem
-        for split in corpus.manifest.splits.values()
-        for shard in split.shards
-        for problem in size_problems(root, shard)
-    ]
-    if problems:
+    corpus = read_manifest(location)
+    if problems := size_problems(corpus):
         raise CorpusError(
-            f"corpus {root} is damaged or was copied in part:\n  " + "\n  ".join(problems) + "\n"
+            f"corpus {location} is damaged or was copied in part:\n  " + "\n  ".join(problems) + "\n"
             "copy these shards again, or build the corpus again; "
-            f"`python launcher/corpus.py verify {root}` checks all contents"
+            f"`python launcher/corpus.py verify {location}` checks all contents"
         )
     return corpus
 
 
-def read_manifest(root: Path) -> Corpus:
+def read_manifest(location: str | Path) -> Corpus:
     """Read ``manifest.json`` alone. Raises CorpusError when it is missing, changed, or of another format."""
-    path = root / MANIFEST_NAME
+    store = Store(str(location))
+    path = f"{location}/{MANIFEST_NAME}"
     try:
-        fields = json.loads(path.read_text(encoding="utf-8"))
-    except (FileNotFoundError, NotADirectoryError):
-        raise CorpusError(
-            f"{path} does not exist, so {root} is no corpus; build one: `python launcher/corpus.py build`"
-        ) from None
+        fields = json.loads(store.read(MANIFEST_NAME).decode("utf-8"))
     except (OSError, ValueError) as error:
+        if isinstance(error, OSError) and error.errno in (errno.ENOENT, errno.ENOTDIR):
+            raise CorpusError(
+                f"{path} does not exist, so {location} is no corpus; build one: "
+                "`python launcher/corpus.py build`"
+            ) from None
         raise CorpusError(
             f"{path} cannot be read ({error}); copy it again, or build the corpus again"
         ) from error
@@ -174,17 +173,20 @@ def read_manifest(root: Path) -> Corpus:
             f"{path} does not match its own fingerprint {stored}: it was edited or damaged; "
             "copy it again, or build the corpus again"
         )
-    return Corpus(root=root, manifest=_manifest_from(fields), fingerprint=stored)
+    return Corpus(store=store, manifest=_manifest_from(fields), fingerprint=stored)
 
 
-def size_problems(root: Path, shard: Shard) -> list[str]:
-    """What a stat of the shard says: missing, or another size than the manifest's. Empty when it is right."""
-    path = root / shard.path
-    try:
-        size = path.stat().st_size
-    except OSError as error:
-        return [f"{path}: {error.strerror}"]
-    return [] if size == shard.bytes else [f"{path}: {size} bytes, the manifest says {shard.bytes}"]
+def size_problems(corpus: Corpus) -> list[str]:
+    """Shards that are missing or have another size than the manifest's."""
+    shards = [shard for split in corpus.manifest.splits.values() for shard in split.shards]
+    problems = []
+    for shard, size in zip(shards, corpus.store.sizes([shard.path for shard in shards]), strict=True):
+        path = f"{corpus.store.location}/{shard.path}"
+        if size is None:
+            problems.append(f"{path} is missing")
+        elif size != shard.bytes:
+            problems.append(f"{path}: {size} bytes, the manifest says {shard.bytes}")
+    return problems
 
 
 def _fingerprint(fields: dict[str, Any]) -> str:

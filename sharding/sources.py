@@ -16,7 +16,7 @@ import mwxml
 from mwxml.element_iterator import ElementIterator
 from mwxml.errors import MalformedXML
 
-from configs.schema import SourceConfig, SourceKind
+from configs.corpus_schema import SourceConfig, SourceKind
 from sharding.manifest import CorpusError
 
 COMPRESSIONS: dict[str, Callable[[IO[bytes]], Any]] = {".bz2": bz2.open, ".gz": gzip.open, ".xz": lzma.open}

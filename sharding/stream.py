@@ -3,20 +3,16 @@
 Letters: B rows of this rank in one step, S sequence length of the corpus.
 """
 
-import io
-import os
-import zlib
-from collections import OrderedDict
 from collections.abc import Iterator
 from dataclasses import dataclass
 
 import numpy as np
 import torch
-from numpy.typing import NDArray
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
-from sharding.manifest import Block, Corpus, CorpusError, Member, Shard
+from sharding.blocks import Reader, Rows
+from sharding.manifest import Corpus, CorpusError
 from sharding.order import Order, rank_slice
 
 
@@ -40,103 +36,6 @@ class Batch:
         )
 
 
-Rows = tuple[NDArray[np.integer], NDArray[np.integer], NDArray[np.integer]]
-"""ids [n, S], lengths [n], segment starts [n], in the dtypes in which they are stored."""
-
-
-class Reader:
-    """Rows of a split by stored place, keeping the ``cache_blocks`` blocks used last.
-
-    A block is read whole, by one positional read, and its checksums are compared each time: unlike a memory
-    map, a shard that is cut or rots under a running job ends in a message, never in SIGBUS or wrong rows.
-    """
-
-    def __init__(self, corpus: Corpus, split: str, cache_blocks: int) -> None:
-        self.root = corpus.root
-        self.seq_len = corpus.manifest.seq_len
-        self.blocks: list[tuple[Shard, Block]] = [
-            (shard, block) for shard in corpus.split(split).shards for block in shard.blocks
-        ]
-        self._cache_blocks = cache_blocks
-        self._cache: OrderedDict[int, Rows] = OrderedDict()
-
-    def gather(self, block_index: NDArray[np.int64], row_in_block: NDArray[np.int64], position: int) -> Batch:
-        """The rows (block_index[i], row_in_block[i]) in this order, as the batch that ends at ``position``.
-
-        Raises: CorpusError for a shard that cannot be read or does not match its checksums.
-        """
-        ids_BS = np.empty((block_index.size, self.seq_len), dtype=np.int64)
-        length_B = np.empty(block_index.size, dtype=np.int64)
-        segment_B = np.empty(block_index.size, dtype=np.int64)
-        for index in np.unique(block_index):
-            here = np.flatnonzero(block_index == index)
-            ids, lengths, segments = self._block(int(index))
-            ids_BS[here] = ids[row_in_block[here]]
-            length_B[here] = lengths[row_in_block[here]]
-            segment_B[here] = segments[row_in_block[here]]
-        return Batch(
-            position, torch.from_numpy(ids_BS), torch.from_numpy(length_B), torch.from_numpy(segment_B)
-        )
-
-    def _block(self, index: int) -> Rows:
-        if index in self._cache:
-            self._cache.move_to_end(index)
-        else:
-            if len(self._cache) >= self._cache_blocks:
-                self._cache.popitem(last=False)
-            shard, block = self.blocks[index]
-            try:
-                self._cache[index] = read_block(f"{self.root / shard.path}", block)
-            except CorpusError as error:
-                raise CorpusError(
-                    f"{error}; `python launcher/corpus.py verify {self.root}` lists all damage: copy those "
-                    "shards again, or build the corpus again, and resume"
-                ) from error
-        return self._cache[index]
-
-
-def read_block(path: str, block: Block) -> Rows:
-    """Read one block of the shard at ``path`` and compare its checksums.
-
-    Raises: CorpusError naming shard, member and offset.
-    """
-    first, last = block.ids.offset, block.seg.offset + block.seg.bytes
-    data = _read(path, first, last - first)
-
-    def array(kind: str, member: Member) -> NDArray[np.integer]:
-        start = member.offset - first
-        return _checked_array(path, f"{block.name}.{kind}.npy", member, data[start : start + member.bytes])
-
-    return array("ids", block.ids), array("len", block.len), array("seg", block.seg)
-
-
-def read_lengths(path: str, block: Block) -> NDArray[np.integer]:
-    """The row lengths [rows] of one block, without reading its ids. Raises as ``read_block``."""
-    return _checked_array(
-        path, f"{block.name}.len.npy", block.len, _read(path, block.len.offset, block.len.bytes)
-    )
-
-
-def _read(path: str, offset: int, count: int) -> bytes:
-    try:
-        descriptor = os.open(path, os.O_RDONLY)
-        try:
-            return os.pread(descriptor, count, offset)
-        finally:
-            os.close(descriptor)
-    except OSError as error:
-        raise CorpusError(f"shard {path} cannot be read: {error.strerror}") from error
-
-
-def _checked_array(path: str, name: str, member: Member, content: bytes) -> NDArray[np.integer]:
-    if len(content) != member.bytes or zlib.crc32(content) != member.crc32:
-        raise CorpusError(
-            f"corrupt shard {path}: member {name} ({member.bytes} bytes at offset {member.offset}) "
-            "does not match its checksum"
-        )
-    return np.load(io.BytesIO(content), allow_pickle=False)
-
-
 class _Steps(Dataset["Batch | CorpusError"]):
     """This rank's batch of the global step that starts at a position: a map from position to batch."""
 
@@ -150,7 +49,8 @@ class _Steps(Dataset["Batch | CorpusError"]):
         start, stop = rank_slice(step_start, self.global_batch_rows, self.rank, self.world_size)
         block_index, row_in_block = self.order.locate(start, stop - start)
         try:
-            return self.reader.gather(block_index, row_in_block, step_start + self.global_batch_rows)
+            rows = self.reader.gather(block_index, row_in_block)
+            return _batch(step_start + self.global_batch_rows, rows)
         except CorpusError as error:
             # Handed over rather than raised: a DataLoader would bury its message under a worker's traceback.
             return error
@@ -201,6 +101,11 @@ def stream(
     return _raise_errors(loader)
 
 
+def _batch(position: int, rows: Rows) -> Batch:
+    ids, lengths, segments = (torch.from_numpy(array) for array in rows)
+    return Batch(position, ids, lengths, segments)
+
+
 def _raise_errors(loader: "DataLoader[Batch | CorpusError]") -> Iterator[Batch]:
     for batch in loader:
         if isinstance(batch, CorpusError):
@@ -227,4 +132,4 @@ def sequential(
     for first in range(rank * batch_rows, total, world_size * batch_rows):
         stored = np.arange(first, min(first + batch_rows, total))
         block_index = np.searchsorted(starts, stored, side="right") - 1
-        yield reader.gather(block_index, stored - starts[block_index], int(stored[-1]) + 1)
+        yield _batch(int(stored[-1]) + 1, reader.gather(block_index, stored - starts[block_index]))

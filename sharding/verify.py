@@ -7,9 +7,9 @@ from typing import Any
 import numpy as np
 from tqdm import tqdm
 
+from sharding.blocks import Rows, read_block, read_lengths
 from sharding.manifest import Corpus, CorpusError, Manifest, Shard, size_problems
 from sharding.shards import TAR_END_BYTES
-from sharding.stream import Rows, read_block, read_lengths
 from sharding.tokens import id_dtype
 
 HISTOGRAM_BINS = 8
@@ -22,7 +22,7 @@ def verify(corpus: Corpus, *, progress: bool = False) -> list[str]:
     of its ids, its length, its special tokens and its padding.
     """
     shards = [shard for split in corpus.manifest.splits.values() for shard in split.shards]
-    problems = []
+    problems = size_problems(corpus)
     with tqdm(
         total=sum(shard.bytes for shard in shards),
         desc="verify",
@@ -41,8 +41,8 @@ def verify(corpus: Corpus, *, progress: bool = False) -> list[str]:
 
 
 def _shard_problems(corpus: Corpus, shard: Shard) -> list[str]:
-    path = corpus.root / shard.path
-    problems = size_problems(corpus.root, shard)
+    path = Path(corpus.store.location) / shard.path
+    problems: list[str] = []
     if not path.is_file():
         return problems
     digest, tail = _digest_and_tail(path)
@@ -52,7 +52,7 @@ def _shard_problems(corpus: Corpus, shard: Shard) -> list[str]:
         problems.append(f"{path}: does not end with the {TAR_END_BYTES} zero bytes that close a tar archive")
     for block in shard.blocks:
         try:
-            rows = read_block(str(path), block)
+            rows = read_block(corpus.store, shard, block)
         except CorpusError as error:
             problems.append(str(error))
             continue
@@ -116,7 +116,7 @@ def statistics(corpus: Corpus) -> dict[str, Any]:
         histogram = np.zeros(HISTOGRAM_BINS, dtype=np.int64)
         for shard in split.shards:
             for block in shard.blocks:
-                lengths = read_lengths(str(corpus.root / shard.path), block)
+                lengths = read_lengths(corpus.store, shard, block)
                 # Bins are (edge, next edge], so that full rows share the last bin with the nearly full.
                 histogram += np.bincount(np.searchsorted(edges, lengths) - 1, minlength=HISTOGRAM_BINS)
         splits[name] = {

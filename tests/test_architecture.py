@@ -15,7 +15,7 @@ HOMES = {
     "deepspeed": {"trainer/engine.py"},
     "mlflow": {"trainer/tracking.py"},
     "webdataset": {"sharding/shards.py"},
-    "omegaconf": {"configs/schema.py", "configs/load.py"},
+    "omegaconf": {"configs/schema.py", "configs/corpus_schema.py", "configs/load.py"},
 }
 
 PURE = ["trainer/losses.py", "trainer/layer_map.py", "trainer/schedule.py", "sharding/order.py"]

@@ -7,8 +7,9 @@ from pathlib import Path
 import pytest
 import yaml
 
+from configs.corpus_schema import CorpusConfig, Packing, SourceKind
 from configs.load import ConfigError, load_config, to_dict, to_yaml
-from configs.schema import CorpusConfig, Decay, Packing, Precision, RunConfig, SourceKind
+from configs.schema import Decay, Precision, RunConfig
 
 MINIMAL = """
 name: run
@@ -244,8 +245,11 @@ def test_a_file_that_no_package_ships(write, reference, problem):
     assert len(found) == 2 and problem in found[0], found
 
 
-SCHEMA = ast.parse((Path(__file__).resolve().parents[2] / "configs/schema.py").read_text(encoding="utf-8"))
-CLASSES = [node for node in SCHEMA.body if isinstance(node, ast.ClassDef)]
+FOLDER = Path(__file__).resolve().parents[2] / "configs"
+SCHEMAS = [
+    ast.parse((FOLDER / name).read_text(encoding="utf-8")) for name in ("schema.py", "corpus_schema.py")
+]
+CLASSES = [node for schema in SCHEMAS for node in schema.body if isinstance(node, ast.ClassDef)]
 
 
 @pytest.mark.parametrize("node", CLASSES, ids=lambda node: node.name)

@@ -4,7 +4,8 @@ import copy
 
 import pytest
 
-from configs.schema import CorpusConfig, RunConfig, SourceConfig, SourceKind, StudentConfig, TeacherConfig
+from configs.corpus_schema import CorpusConfig, SourceConfig, SourceKind
+from configs.schema import RunConfig, StudentConfig, TeacherConfig
 from configs.validate import check_batch, check_corpus, check_run
 
 

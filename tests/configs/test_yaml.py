@@ -4,9 +4,10 @@ from pathlib import Path
 
 import pytest
 
+from configs.corpus_schema import CorpusConfig, SourceKind
 from configs.deepspeed import derive
 from configs.load import load_config, to_yaml
-from configs.schema import CorpusConfig, RunConfig, SourceKind
+from configs.schema import RunConfig
 
 FOLDER = Path(__file__).resolve().parents[2] / "configs"
 CORPORA = sorted(FOLDER.glob("corpus_*.yaml"))

@@ -14,7 +14,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from configs.schema import CorpusConfig, Packing, SourceConfig, SourceKind
+from configs.corpus_schema import CorpusConfig, Packing, SourceConfig, SourceKind
 from sharding.build import build, is_heldout
 from sharding.manifest import CorpusError, open_corpus
 from sharding.stream import sequential

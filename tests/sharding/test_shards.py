@@ -107,7 +107,7 @@ def test_all_missing_and_cut_shards_are_named_together(corpus_copy: Path) -> Non
         file.truncate(5_000)
     with pytest.raises(CorpusError, match="copied in part") as error:
         open_corpus(corpus_copy)
-    assert "train/00001.tar: No such file" in str(error.value)
+    assert "train/00001.tar is missing" in str(error.value)
     assert "heldout/00000.tar: 5000 bytes, the manifest says" in str(error.value)
     assert "corpus.py verify" in str(error.value)
 

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from configs.schema import SourceConfig, SourceKind
+from configs.corpus_schema import SourceConfig, SourceKind
 from sharding.manifest import CorpusError
 from sharding.sources import documents, source_files
 

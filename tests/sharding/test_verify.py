@@ -43,7 +43,7 @@ def test_every_damage_is_found_at_once(folder: Path) -> None:
     member = first.blocks[1]
     assert f"{first.path}: SHA-256" in text
     assert f"member {member.name}.len.npy ({member.len.bytes} bytes at offset {member.len.offset})" in text
-    assert f"{second.path}: No such file" in text
+    assert f"{second.path} is missing" in text
     assert f"{third.path}: {third.blocks[-1].seg.offset + 10} bytes, the manifest says {third.bytes}" in text
     assert f"{third.path}: does not end with" in text
     assert f"member {third.blocks[-1].name}.seg.npy" in text
