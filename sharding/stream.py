@@ -1,19 +1,31 @@
-"""The stream: rows of a corpus as batches for one rank, in the order of ``sharding.order``.
+"""The stream: rows of one or several corpora as batches for one rank, in the order of ``sharding.order``.
 
-Letters: B rows of this rank in one step, S sequence length of the corpus.
+Letters: B rows of this rank in one step, S sequence length of the corpora that the step draws from.
 """
 
-from collections.abc import Iterator
-from dataclasses import dataclass
+from collections.abc import Collection, Iterator
+from dataclasses import dataclass, replace
+from typing import Any
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
-from sharding.blocks import Reader, Rows
+from sharding.blocks import DamagedBlock, Reader, Rows
+from sharding.corpora import Corpora
 from sharding.manifest import Corpus, CorpusError
 from sharding.order import Order, rank_slice
+
+
+@dataclass(frozen=True)
+class Damage:
+    """A block that could not be read, found while a batch was gathered."""
+
+    corpus: int
+    block: int
+    message: str
 
 
 @dataclass(frozen=True)
@@ -25,39 +37,125 @@ class Batch:
     ids_BS: Tensor
     """int64 [B, S]; the pad id from each row's length on."""
     length_B: Tensor
-    """int64 [B]: valid tokens, special tokens included."""
+    """int64 [B]: valid tokens, special tokens included; 0 for a row that is masked because it is damaged."""
     segment_B: Tensor
     """int64 [B]: first index of segment B; equal to the length where there is none."""
+    corpus_B: Tensor
+    """int64 [B]: which of the run's corpora the row is from."""
+    block_B: Tensor
+    """int64 [B]: the block of the corpus's split that the row is from."""
+    damage: tuple[Damage, ...] = ()
+    """Under quarantine: damaged blocks that this batch needed and that were not known before."""
 
     def pin_memory(self) -> "Batch":
         """The same batch in page-locked memory; the DataLoader calls it when asked to pin."""
-        return Batch(
-            self.position, self.ids_BS.pin_memory(), self.length_B.pin_memory(), self.segment_B.pin_memory()
-        )
+        pinned: dict[str, Any] = {name: getattr(self, name).pin_memory() for name in TENSORS}
+        return replace(self, **pinned)
+
+    def masked(self, blocks: Collection[tuple[int, int]]) -> "Batch":
+        """The same batch with the rows of these (corpus, block) masked: length 0, nothing valid."""
+        hit_B = torch.zeros_like(self.length_B, dtype=torch.bool)
+        for corpus, block in blocks:
+            hit_B |= (self.corpus_B == corpus) & (self.block_B == block)
+        length_B, segment_B = self.length_B.masked_fill(hit_B, 0), self.segment_B.masked_fill(hit_B, 0)
+        return replace(self, length_B=length_B, segment_B=segment_B)
+
+
+TENSORS = ("ids_BS", "length_B", "segment_B", "corpus_B", "block_B")
+
+
+class _Source:
+    """The rows of one corpus in its own order."""
+
+    def __init__(
+        self, corpus: Corpus, split: str, seed: int, group_blocks: int, known: set[int] | None
+    ) -> None:
+        # A step may straddle two groups: both stay at hand, so that no block is read twice in passing over.
+        self.reader = Reader(corpus, split, cache_blocks=2 * group_blocks)
+        self.order = Order([block.rows for _, block in self.reader.blocks], seed, group_blocks)
+        self.quarantined = known
+        self.pad_id = corpus.manifest.tokenizer.pad_id
+
+    def rows(self, start: int, count: int) -> tuple[Rows, NDArray[np.int64], list[DamagedBlock]]:
+        """The rows at positions ``start ..``, their blocks, and damage not known before.
+
+        Raises: DamagedBlock, unless damaged blocks are to be masked.
+        """
+        block_index, row_in_block = self.order.locate(start, count)
+        found: list[DamagedBlock] = []
+        while True:
+            try:
+                if not self.quarantined:
+                    return self.reader.gather(block_index, row_in_block), block_index, found
+                return self._gather_sound(block_index, row_in_block), block_index, found
+            except DamagedBlock as error:
+                if self.quarantined is None:
+                    raise
+                self.quarantined.add(error.index)
+                found.append(error)
+
+    def _gather_sound(self, block_index: NDArray[np.int64], row_in_block: NDArray[np.int64]) -> Rows:
+        """As ``Reader.gather``, with rows of length 0 for those of quarantined blocks."""
+        sound = ~np.isin(block_index, list(self.quarantined or ()))
+        gathered = self.reader.gather(block_index[sound], row_in_block[sound])
+        ids = np.full((sound.size, self.reader.seq_len), self.pad_id, dtype=np.int64)
+        lengths, segments = np.zeros(sound.size, dtype=np.int64), np.zeros(sound.size, dtype=np.int64)
+        for whole, part in zip((ids, lengths, segments), gathered, strict=True):
+            whole[sound] = part
+        return ids, lengths, segments
 
 
 class _Steps(Dataset["Batch | CorpusError"]):
     """This rank's batch of the global step that starts at a position: a map from position to batch."""
 
     def __init__(
-        self, reader: Reader, order: Order, global_batch_rows: int, rank: int, world_size: int
+        self, sources: list[_Source], corpora: Corpora, global_batch_rows: int, rank: int, world_size: int
     ) -> None:
-        self.reader, self.order = reader, order
-        self.global_batch_rows, self.rank, self.world_size = global_batch_rows, rank, world_size
+        self.sources, self.global_batch_rows = sources, global_batch_rows
+        self.mixture = corpora.mixture(global_batch_rows)
+        self.offset, stop = rank_slice(0, global_batch_rows, rank, world_size)
+        self.rows = stop - self.offset
 
     def __getitem__(self, step_start: int) -> Batch | CorpusError:
-        start, stop = rank_slice(step_start, self.global_batch_rows, self.rank, self.world_size)
-        block_index, row_in_block = self.order.locate(start, stop - start)
+        draws = self.mixture.draws(step_start, self.offset, self.rows)
+        position = step_start + self.global_batch_rows
         try:
-            rows = self.reader.gather(block_index, row_in_block)
-            return _batch(step_start + self.global_batch_rows, rows)
+            parts = [self._part(draw.corpus, draw.start, draw.slots.size, position) for draw in draws]
         except CorpusError as error:
             # Handed over rather than raised: a DataLoader would bury its message under a worker's traceback.
             return error
+        return parts[0] if len(parts) == 1 else _interleaved(parts, [draw.slots for draw in draws])
+
+    def _part(self, corpus: int, start: int, count: int, position: int) -> Batch:
+        rows, blocks, errors = self.sources[corpus].rows(start, count)
+        damage = tuple(Damage(corpus, error.index, str(error)) for error in errors)
+        return _batch(position, rows, np.full(count, corpus), blocks, damage)
+
+
+def _interleaved(parts: list[Batch], slots: list[NDArray[np.int64]]) -> Batch:
+    """One batch of the rows of several, each row in its slot."""
+    place_B = torch.from_numpy(np.argsort(np.concatenate(slots)))
+
+    def joined(name: str) -> Tensor:
+        return torch.cat([getattr(part, name) for part in parts])[place_B]
+
+    damage = tuple(one for part in parts for one in part.damage)
+    return Batch(parts[0].position, **{name: joined(name) for name in TENSORS}, damage=damage)
+
+
+def _batch(
+    position: int,
+    rows: Rows,
+    corpus_B: NDArray[np.int64],
+    block_B: NDArray[np.int64],
+    damage: tuple[Damage, ...] = (),
+) -> Batch:
+    tensors = zip(TENSORS, (*rows, corpus_B, block_B), strict=True)
+    return Batch(position, **{name: torch.from_numpy(array) for name, array in tensors}, damage=damage)
 
 
 def stream(
-    corpus: Corpus,
+    corpora: Corpus | Corpora,
     split: str,
     *,
     seed: int,
@@ -70,14 +168,17 @@ def stream(
     workers: int,
     prefetch_steps: int,
     pin_memory: bool = False,
+    quarantined: Collection[tuple[int, int]] | None = None,
 ) -> Iterator[Batch]:
     """This rank's batches of the global steps from ``start_row`` (rows consumed so far) to ``stop_row``.
 
     Steps are indexed by their first position and handed to reader processes in turn, so that the order cannot
-    depend on ``workers``. Each reader prepares ``prefetch_steps`` steps ahead.
+    depend on ``workers``. Each reader prepares ``prefetch_steps`` steps ahead. With ``quarantined``, (corpus,
+    block) known to be damaged, rows of these and of blocks found damaged on the way are masked instead of
+    ending the stream; what is found is in ``Batch.damage``.
 
     Raises:
-        ValueError: at once, when the rows are not a whole number of steps or the ranks do not divide a step.
+        ValueError: at once, when the rows are not a whole number of steps, or the ranks do not divide one.
         CorpusError: at once for a missing split; while reading, for a shard that is damaged.
     """
     if start_row < 0 or global_batch_rows < 1 or (stop_row - start_row) % global_batch_rows:
@@ -85,11 +186,12 @@ def stream(
             f"rows {start_row} .. {stop_row} are not a whole number of steps of "
             f"global_batch_rows={global_batch_rows}; move the end by a part of a step"
         )
-    rank_slice(start_row, global_batch_rows, rank, world_size)
-    # A step may straddle two groups: both stay at hand, so that no block is read twice in passing over.
-    reader = Reader(corpus, split, cache_blocks=2 * group_blocks)
-    order = Order([block.rows for _, block in reader.blocks], seed, group_blocks)
-    steps = _Steps(reader, order, global_batch_rows, rank, world_size)
+    corpora = Corpora.of(corpora)
+    sources = []
+    for number, corpus in enumerate(corpora.corpora):
+        known = None if quarantined is None else {block for owner, block in quarantined if owner == number}
+        sources.append(_Source(corpus, split, seed, group_blocks, known))
+    steps = _Steps(sources, corpora, global_batch_rows, rank, world_size)
     loader: DataLoader[Batch | CorpusError] = DataLoader(
         steps,
         batch_size=None,
@@ -99,11 +201,6 @@ def stream(
         pin_memory=pin_memory,
     )
     return _raise_errors(loader)
-
-
-def _batch(position: int, rows: Rows) -> Batch:
-    ids, lengths, segments = (torch.from_numpy(array) for array in rows)
-    return Batch(position, ids, lengths, segments)
 
 
 def _raise_errors(loader: "DataLoader[Batch | CorpusError]") -> Iterator[Batch]:
@@ -132,4 +229,5 @@ def sequential(
     for first in range(rank * batch_rows, total, world_size * batch_rows):
         stored = np.arange(first, min(first + batch_rows, total))
         block_index = np.searchsorted(starts, stored, side="right") - 1
-        yield _batch(int(stored[-1]) + 1, reader.gather(block_index, stored - starts[block_index]))
+        gathered = reader.gather(block_index, stored - starts[block_index])
+        yield _batch(int(stored[-1]) + 1, gathered, np.zeros_like(stored), block_index)

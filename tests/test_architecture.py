@@ -18,7 +18,13 @@ HOMES = {
     "omegaconf": {"configs/schema.py", "configs/corpus_schema.py", "configs/load.py"},
 }
 
-PURE = ["trainer/losses.py", "trainer/layer_map.py", "trainer/schedule.py", "sharding/order.py"]
+PURE = [
+    "trainer/losses.py",
+    "trainer/layer_map.py",
+    "trainer/schedule.py",
+    "sharding/order.py",
+    "sharding/mixture.py",
+]
 # Files, hosts and processes; clocks and global random numbers; configuration; process groups.
 IMPURE = {
     *(
