@@ -34,7 +34,7 @@ from sharding.manifest import (
 from sharding.packing import Packer
 from sharding.prepare import Prepared, Recipe, prepare_all
 from sharding.shards import ShardWriter
-from sharding.sources import documents, source_files
+from sharding.sources import documents, parts, source_files
 from sharding.tokens import id_dtype, load_tokenizer, tokenizer_info
 
 log = logging.getLogger(__name__)
@@ -64,7 +64,7 @@ def build(config: CorpusConfig, *, progress: bool) -> Manifest:
         try:
             for name in _split_names(config):
                 writers[name] = _SplitWriter.start(partial, name, config, info)
-            _write_documents(config, files, recipe, writers, shown)
+            _write_documents(config, recipe, writers, shown)
             splits = {name: writer.finish() for name, writer in writers.items()}
             _require_documents(config, splits, shown)
             manifest = Manifest(
@@ -129,14 +129,13 @@ def is_heldout(document_id: str, share: float) -> bool:
 
 def _write_documents(
     config: CorpusConfig,
-    files: list[Path],
     recipe: Recipe,
     writers: dict[str, _SplitWriter],
     shown: "_Progress",
 ) -> None:
     """Read, prepare, pack and write all documents, in the order of the source."""
     processes = config.processes or len(os.sched_getaffinity(0))
-    found = documents(config.source, files)
+    found = (document for part in parts(config.source) for document in documents(config.source, part))
     if config.max_documents is not None:
         found = itertools.islice(found, config.max_documents)
     for prepared in prepare_all(found, recipe, processes):

@@ -17,7 +17,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from sharding.manifest import CorpusError
-from sharding.sources import Document
+from sharding.documents import Document
 from sharding.tokens import Encoder
 from sharding.wikitext import MarkupError, clean_text
 
@@ -72,7 +72,7 @@ class Worker:
         encoded = zip(long_enough, self.encoder.encode(list(long_enough.values())), strict=True)
         documents = [(batch[index].id, ids) for index, ids in encoded if ids.size]
         too_short = len(texts) - len(documents)
-        return Prepared(documents, too_short, unparsed, len(batch), batch[-1].bytes_read)
+        return Prepared(documents, too_short, unparsed, len(batch), bytes_read=0)
 
 
 def prepare_all(documents: Iterable[Document], recipe: Recipe, processes: int) -> Iterator[Prepared]:

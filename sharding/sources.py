@@ -1,67 +1,40 @@
-"""Sources of text: documents with an id in a fixed order, from dumps, JSONL, plain text and ``datasets``."""
+"""Sources of text: what lies where, cut into parts that processes read independently, in a fixed order."""
 
-import bz2
 import glob
-import gzip
 import json
 import lzma
-import os
 import zlib
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
-from typing import IO, Any, NamedTuple
+from typing import BinaryIO
 from xml.etree.ElementTree import ParseError
 
-import mwxml
-from mwxml.element_iterator import ElementIterator
 from mwxml.errors import MalformedXML
 
 from configs.corpus_schema import SourceConfig, SourceKind
+from sharding import dumps, hub
+from sharding.documents import (
+    COMPRESSIONS,
+    Document,
+    Part,
+    decompressed,
+    file_parts,
+    open_file,
+    record_fields,
+    whole_file,
+)
 from sharding.manifest import CorpusError
 
-COMPRESSIONS: dict[str, Callable[[IO[bytes]], Any]] = {".bz2": bz2.open, ".gz": gzip.open, ".xz": lzma.open}
 SUFFIXES = {
     SourceKind.mediawiki: (".xml",),
     SourceKind.jsonl: (".jsonl", ".json", ".ndjson"),
     SourceKind.text: (".txt", ".text", ".raw"),
+    SourceKind.webdataset: (".tar",),
 }
 """What a folder is searched for, each also compressed. A single file or a glob may be named freely."""
 
-
-class Document(NamedTuple):
-    """One document of a source, as it stands there: wiki markup is not yet cleaned."""
-
-    id: str
-    """Stable name within the source; decides the split."""
-    text: str
-    bytes_read: int
-    """Bytes of the source (compressed, where it is) read so far; 0 where that is not known."""
-
-
-class _CountedFile:
-    """One file of the source, opened through its compression, knowing where it stands on disk."""
-
-    def __init__(self, path: Path, bytes_before: int) -> None:
-        self.path, self.bytes_before = path, bytes_before
-        try:
-            self.raw = open(path, "rb")
-        except OSError as error:
-            raise CorpusError(f"source.path: {path} cannot be opened: {error.strerror}") from error
-        opener = COMPRESSIONS.get(path.suffix)
-        self.content: IO[bytes] = opener(self.raw) if opener else self.raw
-
-    @property
-    def bytes_read(self) -> int:
-        return self.bytes_before + self.raw.tell()
-
-    def fail(self, reason: object, documents: int) -> CorpusError:
-        """The error for a file that ended early or cannot be understood."""
-        return CorpusError(
-            f"source.path: {self.path} is truncated or damaged: {reason} (after {documents} documents, at "
-            f"byte {self.raw.tell():,} of {self.path.stat().st_size:,}); fetch it again and compare its "
-            "checksum with the publisher's"
-        )
-
+PART_BYTES = 32 << 20
+"""About so many bytes of uncompressed text are a part."""
 
 DAMAGE = (EOFError, OSError, zlib.error, lzma.LZMAError, ParseError, MalformedXML)
 """What decompressors and the XML parser raise for a file that is cut or overwritten."""
@@ -98,57 +71,71 @@ def source_files(source: SourceConfig) -> list[Path]:
     return sorted(files)
 
 
-def documents(source: SourceConfig, files: list[Path]) -> Iterator[Document]:
-    """All documents of a source, in its order, without the ones that are empty.
+def parts(source: SourceConfig, part_bytes: int | None = None) -> list[Part]:
+    """The source cut into parts of about ``part_bytes`` where it can be; their documents, one part after the
+    other, are the source's documents in its order. Depends on the files (and ``part_bytes``) alone.
+
+    Raises: CorpusError when nothing is there, or when an index does not belong to its dump.
+    """
+    if source.kind is SourceKind.datasets:
+        return hub.parts(source)
+    found = []
+    for number, path in enumerate(source_files(source)):
+        found += _parts_of_file(source, number, path, part_bytes)
+    return found
+
+
+def _parts_of_file(source: SourceConfig, number: int, path: Path, part_bytes: int | None) -> list[Part]:
+    return [whole_file(number, path, sequential=path.suffix in COMPRESSIONS)]
+
+
+def documents(source: SourceConfig, part: Part) -> Iterator[Document]:
+    """The documents of one part in their order, without the ones that hold only white space.
 
     Raises: CorpusError naming file and place for anything that cannot be read.
     """
-    if source.kind is SourceKind.datasets:
-        found = _hub_documents(source)
-    else:
-        found = _file_documents(source, files)
+    found = hub.documents(source, part) if source.kind is SourceKind.datasets else _from_file(source, part)
     return (document for document in found if document.text.strip())
 
 
-def _file_documents(source: SourceConfig, files: list[Path]) -> Iterator[Document]:
-    readers = {SourceKind.mediawiki: _pages, SourceKind.jsonl: _json_lines, SourceKind.text: _texts}
-    bytes_before = 0
-    for path in files:
-        file = _CountedFile(path, bytes_before)
-        read = 0
+def _from_file(source: SourceConfig, part: Part) -> Iterator[Document]:
+    readers = {SourceKind.mediawiki: dumps.pages, SourceKind.jsonl: _json_lines, SourceKind.text: _texts}
+    read = 0
+    with open_file(part.source) as raw:
         try:
-            for document_id, text in readers[source.kind](file, source):
-                yield Document(document_id, text, file.bytes_read)
+            for document in readers[source.kind](source, part, raw):
+                yield document
                 read += 1
         except UnicodeDecodeError as error:
-            raise CorpusError(f"source.path: {path} is not UTF-8: {error}; convert it first") from error
+            raise CorpusError(
+                f"source.path: {part.source} is not UTF-8: {error}; convert it first"
+            ) from error
         except DAMAGE as error:
-            raise file.fail(error, read) from error
-        finally:
-            file.raw.close()
-        bytes_before += path.stat().st_size
+            raise CorpusError(
+                f"source.path: {part.source} is truncated or damaged: {error} (after {read} documents, at "
+                f"byte {raw.tell():,} of {Path(part.source).stat().st_size:,}); fetch it again and compare its "
+                "checksum with the publisher's"
+            ) from error
 
 
-def _pages(file: _CountedFile, source: SourceConfig) -> Iterator[tuple[str, str]]:
-    """Articles (namespace 0) that are not redirects: page id and markup of the last revision in the file."""
-    root = ElementIterator.from_file(file.content)
-    if root.tag != "mediawiki":
-        raise MalformedXML(f"its first element is <{root.tag}>, not <mediawiki>")
-    for page in mwxml.Dump.from_element(root).pages:
-        # The parser would keep the emptied element of every page it has seen: gigabytes in a full dump.
-        del root.element[:-1]
-        if page.namespace == 0 and page.redirect is None:
-            markup = ""
-            for revision in page:
-                markup = revision.text or ""
-            yield str(page.id), markup
+def _lines(part: Part, raw: BinaryIO) -> Iterator[tuple[int, bytes]]:
+    """The lines of a part, each with its offset in the uncompressed file."""
+    path = Path(part.source)
+    raw.seek(part.start)
+    offset = part.start
+    for line in decompressed(raw, path.suffix):
+        if offset == part.stop:
+            return
+        yield offset, line
+        offset += len(line)
 
 
-def _json_lines(file: _CountedFile, source: SourceConfig) -> Iterator[tuple[str, str]]:
-    for number, line in enumerate(file.content, start=1):
+def _json_lines(source: SourceConfig, part: Part, raw: BinaryIO) -> Iterator[Document]:
+    name = Path(part.source).name
+    for number, (offset, line) in enumerate(_lines(part, raw), start=1):
         if line.isspace():
             continue
-        place = f"{file.path}:{number}"
+        place = f"{part.source}:{number}" if part.start == 0 else f"{part.source} (byte {offset})"
         try:
             record = json.loads(line)
         except json.JSONDecodeError as error:
@@ -157,62 +144,21 @@ def _json_lines(file: _CountedFile, source: SourceConfig) -> Iterator[tuple[str,
             raise CorpusError(
                 f"{place} is a JSON {type(record).__name__}; every line must be one JSON object"
             )
-        yield _fields(record, source, place, default_id=f"{file.path.name}:{number}")
+        yield record_fields(record, source, place, default_id=f"{name}@{offset}")
 
 
-def _fields(record: dict[str, Any], source: SourceConfig, place: str, default_id: str) -> tuple[str, str]:
-    """The id and text of a record; CorpusError naming the place when it has no such field."""
-    for key, field in (("source.text_field", source.text_field), ("source.id_field", source.id_field)):
-        if field is not None and record.get(field) is None:
-            known = ", ".join(sorted(record)) or "none"
-            raise CorpusError(f"{place} has no {key}={field!r}; its fields are: {known}")
-    if not isinstance(record[source.text_field], str):
-        kind = type(record[source.text_field]).__name__
-        raise CorpusError(f"{place}: source.text_field={source.text_field!r} holds a {kind}, not text")
-    return str(record[source.id_field]) if source.id_field else default_id, record[source.text_field]
-
-
-def _texts(file: _CountedFile, source: SourceConfig) -> Iterator[tuple[str, str]]:
-    """Lines, or paragraphs that blank lines separate; the id is file name and number of the first line."""
+def _texts(source: SourceConfig, part: Part, raw: BinaryIO) -> Iterator[Document]:
+    """Lines, or paragraphs that blank lines separate; the id is the file's name and where they begin."""
+    name = Path(part.source).name
     lines: list[str] = []
-    first = 1
-    for number, line in enumerate(file.content, start=1):
-        text = line.decode("utf-8-sig" if number == 1 else "utf-8")
+    first = 0
+    for offset, line in _lines(part, raw):
+        text = line.decode("utf-8-sig" if offset == 0 else "utf-8")
         if lines and (source.one_per_line or not text.strip()):
-            yield f"{file.path.name}:{first}", "".join(lines)
+            yield Document(f"{name}@{first}", "".join(lines))
             lines = []
         if text.strip():
-            first = first if lines else number
+            first = first if lines else offset
             lines.append(text)
     if lines:
-        yield f"{file.path.name}:{first}", "".join(lines)
-
-
-def _hub_documents(source: SourceConfig) -> Iterator[Document]:
-    """Rows of a ``datasets`` dataset, streamed: nothing is copied to its cache."""
-    import datasets
-
-    try:
-        saved = os.path.isdir(source.path) and any(
-            os.path.exists(os.path.join(source.path, name)) for name in ("state.json", "dataset_dict.json")
-        )
-        if saved:  # by save_to_disk
-            loaded = datasets.load_from_disk(source.path)
-            rows = loaded[source.split] if isinstance(loaded, datasets.DatasetDict) else loaded
-        else:
-            rows = datasets.load_dataset(
-                source.path, source.subset, split=source.split, revision=source.revision, streaming=True
-            )
-        for number, record in enumerate(rows):
-            place = f"source.path={source.path} row {number}"
-            yield Document(
-                *_fields(record, source, place, default_id=f"{source.split}:{number}"), bytes_read=0
-            )
-    except CorpusError:
-        raise
-    # Everything from a missing network to a missing split comes from `datasets`, in exceptions of many kinds.
-    except Exception as error:
-        raise CorpusError(
-            f"source.path={source.path} (subset {source.subset}, split {source.split}, revision "
-            f"{source.revision}) cannot be read by `datasets`: {type(error).__name__}: {error}"
-        ) from error
+        yield Document(f"{name}@{first}", "".join(lines))

@@ -10,7 +10,7 @@ import pytest
 
 from configs.corpus_schema import SourceConfig, SourceKind
 from sharding.manifest import CorpusError
-from sharding.sources import documents, source_files
+from sharding.sources import documents, parts
 
 
 def dump_xml(pages: list[tuple[int, int, str, str]], closed: bool = True) -> bytes:
@@ -35,7 +35,7 @@ def dump_xml(pages: list[tuple[int, int, str, str]], closed: bool = True) -> byt
 
 def read(kind: SourceKind, path: Path | str, **keys: object) -> list[tuple[str, str]]:
     source = SourceConfig(kind=kind, path=str(path), **keys)  # type: ignore[arg-type]
-    return [(document.id, document.text) for document in documents(source, source_files(source))]
+    return [tuple(document) for part in parts(source) for document in documents(source, part)]
 
 
 PAGES = [
@@ -75,7 +75,7 @@ def test_parsed_pages_are_forgotten(tmp_path: Path) -> None:
         path.write_bytes(dump_xml([(page, 0, "Text.", "") for page in range(count)]))
         source = SourceConfig(kind=SourceKind.mediawiki, path=str(path))
         tracemalloc.start()
-        assert sum(1 for _ in documents(source, source_files(source))) == count
+        assert sum(1 for _ in documents(source, parts(source)[0])) == count
         peaks.append(tracemalloc.get_traced_memory()[1])
         tracemalloc.stop()
     assert peaks[1] < 1.2 * peaks[0]
@@ -128,7 +128,7 @@ def test_json_lines(tmp_path: Path, suffix: str, pack: type[bytes]) -> None:
     lines = [json.dumps({"text": "One"}), "", json.dumps({"text": "  "}), json.dumps({"text": "Zwölf"})]
     path = tmp_path / f"b.jsonl{suffix}"
     path.write_bytes(pack("\n".join(lines).encode()))
-    assert read(SourceKind.jsonl, path) == [(f"{path.name}:1", "One"), (f"{path.name}:4", "Zwölf")]
+    assert read(SourceKind.jsonl, path) == [(f"{path.name}@0", "One"), (f"{path.name}@32", "Zwölf")]
 
 
 def test_json_lines_with_fields(tmp_path: Path) -> None:
@@ -157,23 +157,23 @@ def test_text_by_blank_lines_and_by_lines(tmp_path: Path) -> None:
     path = tmp_path / "t.txt"
     path.write_bytes(b"\xef\xbb\xbfone\ntwo\n\n \nthree\r\n\nfour")
     assert read(SourceKind.text, path) == [
-        ("t.txt:1", "one\ntwo\n"),
-        ("t.txt:5", "three\r\n"),
-        ("t.txt:7", "four"),
+        ("t.txt@0", "one\ntwo\n"),
+        ("t.txt@14", "three\r\n"),
+        ("t.txt@22", "four"),
     ]
     by_line = read(SourceKind.text, path, one_per_line=True)
     assert [(name, text.strip()) for name, text in by_line] == [
-        ("t.txt:1", "one"),
-        ("t.txt:2", "two"),
-        ("t.txt:5", "three"),
-        ("t.txt:7", "four"),
+        ("t.txt@0", "one"),
+        ("t.txt@7", "two"),
+        ("t.txt@14", "three"),
+        ("t.txt@22", "four"),
     ]
 
 
 def test_files_are_read_in_sorted_order(tmp_path: Path) -> None:
     for name in ("b.txt", "a.txt", "c.txt.gz", "ignored.bin"):
         (tmp_path / name).write_bytes(gzip.compress(b"c") if name.endswith(".gz") else name.encode())
-    assert [name for name, _ in read(SourceKind.text, tmp_path)] == ["a.txt:1", "b.txt:1", "c.txt.gz:1"]
+    assert [name for name, _ in read(SourceKind.text, tmp_path)] == ["a.txt@0", "b.txt@0", "c.txt.gz@0"]
 
 
 def test_text_that_is_not_utf8(tmp_path: Path) -> None:
