@@ -137,7 +137,8 @@ def _require_known_and_typed(schema: Any, user: Any, prefix: str, problems: list
         if is_dataclass(hint):
             _require_known_and_typed(hint, user.get(entry.name, {}), name, problems)
         elif item is not None and is_dataclass(item):
-            _require_items(item, value, name, problems)
+            if value or entry.default_factory is not list:  # which may be empty
+                _require_items(item, value, name, problems)
         elif entry.name not in user or value == MISSING:
             if value == MISSING or OmegaConf.is_missing(_structured(schema), entry.name):
                 problems.append(f"{name} is missing; set it in the YAML or as {name}=...")

@@ -9,7 +9,15 @@ from collections import Counter
 
 from configs.corpus_schema import CorpusConfig, SourceKind
 from configs.deepspeed import DERIVED, conflicts
-from configs.schema import LossConfig, Offload, OptimizerConfig, Precision, RunConfig, StudentConfig
+from configs.schema import (
+    DataConfig,
+    LossConfig,
+    Offload,
+    OptimizerConfig,
+    Precision,
+    RunConfig,
+    StudentConfig,
+)
 
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.-]*")
 _MAX_SEQ_LEN = 65_535  # row lengths are stored as uint16
@@ -17,7 +25,7 @@ _MAX_SEQ_LEN = 65_535  # row lengths are stored as uint16
 
 def check_run(config: RunConfig) -> list[str]:
     """Return every problem of a run's config, each with key, value, rule and way out."""
-    problems = _check_lengths(config) + _check_deepspeed(config)
+    problems = _check_lengths(config) + _check_data(config.data) + _check_deepspeed(config)
     if not _NAME.fullmatch(config.name):
         problems.append(f"name={config.name!r} must be letters, digits, '-', '_' and '.'")
     for name, count in Counter(student.name for student in config.students).items():
@@ -61,6 +69,10 @@ def check_corpus(config: CorpusConfig) -> list[str]:
         )
     if config.source.kind is not SourceKind.datasets and config.source.subset is not None:
         problems.append(f"source.subset={config.source.subset!r} goes with source.kind=datasets only")
+    if not 0 < config.near_threshold < 1:
+        problems.append(f"near_threshold={config.near_threshold} must be above 0 and below 1")
+    if config.shuffle_seed is not None and not 0 <= config.shuffle_seed < 2**64:
+        problems.append(f"shuffle_seed={config.shuffle_seed} must be at least 0 and below 2**64, or null")
     if config.source.kind is not SourceKind.text and config.source.one_per_line:
         problems.append("source.one_per_line=true goes with source.kind=text only")
     return problems
@@ -78,6 +90,8 @@ def _check_lengths(config: RunConfig) -> list[str]:
         ("data.group_blocks", config.data.group_blocks, 1),
         ("data.workers", config.data.workers, 0),
         ("data.prefetch_steps", config.data.prefetch_steps, 1),
+        ("data.prefetch_blocks", config.data.prefetch_blocks, 0),
+        ("data.cache.max_bytes", config.data.cache.max_bytes, 0),
         ("evaluation.every_steps", config.evaluation.every_steps, 1),
         ("evaluation.rows", config.evaluation.rows, 1),
         ("checkpoint.every_steps", config.checkpoint.every_steps, 1),
@@ -92,6 +106,28 @@ def _check_lengths(config: RunConfig) -> list[str]:
         problems.append(f"train.epochs={train.epochs} must be above 0")
     if train.micro_batch_rows >= 1:  # with one rank it must already come out even
         problems += check_batch(train.global_batch_rows, train.micro_batch_rows, world_size=1)
+    return problems
+
+
+def _check_data(data: DataConfig) -> list[str]:
+    problems = []
+    if (data.corpus is None) == (not data.mixture):
+        problems.append(
+            f"data.corpus={data.corpus} and data.mixture with {len(data.mixture)} corpora: set one of the two"
+        )
+    given = [entry.weight for entry in data.mixture if entry.weight is not None]
+    if given and len(given) < len(data.mixture):
+        problems.append(
+            f"data.mixture: {len(given)} of {len(data.mixture)} corpora have a weight; set all of them, or "
+            "none (then each has the weight of its rows)"
+        )
+    for number, entry in enumerate(data.mixture):
+        if entry.weight is not None and not 0 < entry.weight < math.inf:
+            problems.append(f"data.mixture.{number}.weight={entry.weight} must be above 0 and finite")
+        if entry.name is not None and not _NAME.fullmatch(entry.name):
+            problems.append(
+                f"data.mixture.{number}.name={entry.name!r} must be letters, digits, '-', '_' and '.'"
+            )
     return problems
 
 

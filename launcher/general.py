@@ -28,8 +28,8 @@ from configs.schema import RunConfig, StudentConfig
 from configs.validate import check_batch
 from launcher import provenance
 from launcher.reporting import Reporter, Tracked, duration
+from sharding.corpora import Corpora, open_corpora
 from sharding.files import write_text
-from sharding.manifest import Corpus, open_corpus
 from sharding.tokens import check_tokenizer
 from trainer import checkpoint as checkpoints
 from trainer import encoders, engine, shapes, world
@@ -39,7 +39,7 @@ from trainer.export import export
 from trainer.flops import encoder_forward_flops, matrix_rate
 from trainer.loop import NonFiniteError, Run, Trainee, total_steps, train
 from trainer.losses import needed_layers
-from trainer.meter import SpeedMeter
+from trainer.meter import CorpusMeter, SpeedMeter
 from trainer.models import Inputs, build_student
 from trainer.world import World
 
@@ -86,18 +86,18 @@ def distil(config: RunConfig) -> None:
     world.share_cores(place, config.train.threads)
     if config.train.deterministic:
         torch.use_deterministic_algorithms(True)
-    corpus = check(config, place)
+    corpora = check(config, place)
     world.connect(place, os.environ, COLLECTIVE_TIMEOUT)
     engine.attach()
 
-    newest = world.on_main(place, lambda: newest_checkpoint(config, corpus))
+    newest = world.on_main(place, lambda: newest_checkpoint(config, corpora))
     resumed = checkpoints.load(newest) if newest is not None else None
-    tracked = start_tracking(config, place, corpus, resumed)
+    tracked = start_tracking(config, place, corpora, resumed)
     status = "FAILED"
     try:
         world.on_main(place, lambda: write_folder(config, place))
         started_s = time.perf_counter()
-        run = build(config, place, corpus, resumed)
+        run = build(config, place, corpora, resumed)
         del resumed  # weights and moments of every student: the engines have them now
         reporter = Reporter(run, tracked)
         reporter.started(resumed=newest is not None)
@@ -113,41 +113,44 @@ def distil(config: RunConfig) -> None:
     dist.barrier()
 
 
-def check(config: RunConfig, place: World) -> Corpus:
-    """Return the corpus, after everything that can be checked before weights are loaded and ranks meet.
+def check(config: RunConfig, place: World) -> Corpora:
+    """Return the corpora, after everything that can be checked before weights are loaded and ranks meet.
 
     Raises:
         ConfigError: all problems together.
     """
     problems = check_batch(config.train.global_batch_rows, config.train.micro_batch_rows, place.size)
-    corpus = teacher_config = None
+    corpora = teacher_config = None
     try:
-        corpus = open_corpus(config.data.corpus or "")
+        corpora = open_corpora(config.data)
+        corpora.mixture(config.train.global_batch_rows)
     except ValueError as error:
-        problems.append(f"data.corpus={config.data.corpus}: {error}")
+        problems.append(f"data: {error}")
     try:
         teacher_config = encoders.load_teacher_config(config.teacher)
         encoders.check_sha256(config.teacher)
     except ValueError as error:
         problems.append(str(error))
-    if corpus is not None and config.evaluation.every_steps and "heldout" not in corpus.manifest.splits:
-        problems.append(
-            f"evaluation.every_steps={config.evaluation.every_steps}, but the corpus has no held-out split; "
-            "build it with heldout_share above 0, or set evaluation.every_steps=null"
-        )
-    if corpus is not None and teacher_config is not None:
+    for corpus in corpora.corpora if corpora is not None else ():
+        if config.evaluation.every_steps and "heldout" not in corpus.manifest.splits:
+            problems.append(
+                f"evaluation.every_steps={config.evaluation.every_steps}, but {corpus.store.location} has no "
+                "held-out split; build it with heldout_share above 0, or set evaluation.every_steps=null"
+            )
+    if corpora is not None and teacher_config is not None:
         try:
-            check_tokenizer(corpus.manifest, encoders.load_tokenizer(config.teacher))
+            check_tokenizer(corpora.corpora[0].manifest, encoders.load_tokenizer(config.teacher))
         except ValueError as error:
             problems.append(str(error))
-        problems += shapes.check_students(config.students, teacher_config, corpus.manifest.seq_len)
+        seq_len = max(corpus.manifest.seq_len for corpus in corpora.corpora)
+        problems += shapes.check_students(config.students, teacher_config, seq_len)
     if problems:
         raise ConfigError(problems)
-    assert corpus is not None
-    return corpus
+    assert corpora is not None
+    return corpora
 
 
-def newest_checkpoint(config: RunConfig, corpus: Corpus) -> Path | None:
+def newest_checkpoint(config: RunConfig, corpora: Corpora) -> Path | None:
     """Return the newest checkpoint in the output folder; None for a new run.
 
     Raises:
@@ -157,20 +160,20 @@ def newest_checkpoint(config: RunConfig, corpus: Corpus) -> Path | None:
     if not complete:
         return None
     checkpoints.check_same_run(
-        complete[-1], to_dict(config), corpus.fingerprint, checkpoints.load(complete[-1])
+        complete[-1], to_dict(config), corpora.fingerprint, checkpoints.load(complete[-1])
     )
     return complete[-1]
 
 
 def start_tracking(
-    config: RunConfig, place: World, corpus: Corpus, resumed: Checkpoint | None
+    config: RunConfig, place: World, corpora: Corpora, resumed: Checkpoint | None
 ) -> Tracked | None:
     """Open or continue the MLflow runs, on rank 0 (collective); None elsewhere, and without tracking."""
     if not config.tracking.enabled:
         return None
     opened: list[Tracked] = []  # kept out of what ``on_main`` hands to the other ranks
     run_ids = resumed.tracking_run_ids if resumed is not None else {}
-    world.on_main(place, lambda: opened.append(Tracked.start(config, corpus, run_ids)))
+    world.on_main(place, lambda: opened.append(Tracked.start(config, corpora, run_ids)))
     return opened[0] if opened else None
 
 
@@ -191,29 +194,38 @@ def write_folder(config: RunConfig, place: World) -> None:
     write_text(folder / "changes.diff", provenance.changes())
 
 
-def build(config: RunConfig, place: World, corpus: Corpus, resumed: Checkpoint | None) -> Run:
+def build(config: RunConfig, place: World, corpora: Corpora, resumed: Checkpoint | None) -> Run:
     """Load the teacher, make the students and their engines, and restore what a checkpoint holds."""
     teacher = encoders.load_teacher(config.teacher, place.device)
     check_supported(teacher)
     trainees = [make_trainee(config, student, teacher, place, resumed) for student in config.students]
     hidden, layers = needed_layers([trainee.transfer for trainee in trainees])
+    if len(corpora.parts) > 1:
+        names = [part.name for part in corpora.parts]
+        for trainee in trainees:
+            trainee.by_corpus = CorpusMeter(names, trainee.transfer, teacher.config.hidden_size)
 
     @torch.no_grad()
     def teach(inputs: Inputs) -> Captured:
         return capture(
-            teacher, inputs.ids_BS, inputs.mask_BS, inputs.token_type_BS, layers=layers, hidden=hidden
+            teacher,
+            inputs.ids_BS,
+            inputs.attention_mask_BS,
+            inputs.token_type_BS,
+            layers=layers,
+            hidden=hidden,
         )
 
     return Run(
         config=config,
         world=place,
-        corpus=corpus,
+        corpora=corpora,
         teach=teach,
         teacher_hidden_size=teacher.config.hidden_size,
         trainees=trainees,
-        speed=make_speed_meter(config, place, teacher.config, trainees, corpus.manifest.seq_len),
+        speed=make_speed_meter(config, place, teacher.config, trainees, corpora),
         progress=resumed.progress if resumed is not None else Progress(),
-        total_steps=total_steps(config, corpus),
+        total_steps=total_steps(config, corpora),
     )
 
 
@@ -239,13 +251,18 @@ def make_trainee(
 
 
 def make_speed_meter(
-    config: RunConfig, place: World, teacher: PreTrainedConfig, trainees: list[Trainee], seq_len: int
+    config: RunConfig, place: World, teacher: PreTrainedConfig, trainees: list[Trainee], corpora: Corpora
 ) -> SpeedMeter:
     """Count a row's operations and measure how fast this device could do them at best."""
     shapes_of_students = [trainee.engine.module.encoder.config for trainee in trainees]
+    lengths = [corpus.manifest.seq_len for corpus in corpora.corpora]
+
+    def flops(shape: PreTrainedConfig) -> float:
+        found = (encoder_forward_flops(shape, 1, seq_len) for seq_len in lengths)
+        return sum(share * of_row for share, of_row in zip(corpora.shares, found, strict=True))
+
     try:
-        teacher_flops = encoder_forward_flops(teacher, 1, seq_len)
-        student_flops = 3 * sum(encoder_forward_flops(shape, 1, seq_len) for shape in shapes_of_students)
+        teacher_flops, student_flops = flops(teacher), 3 * sum(map(flops, shapes_of_students))
     except ValueError as error:
         log.warning("no MFU: %s", error)
         return SpeedMeter(flops_per_row=None, floor_s_per_row=0.0)

@@ -9,7 +9,7 @@ from typing import Any
 from configs.load import to_dict
 from configs.schema import RunConfig
 from launcher import provenance
-from sharding.manifest import Corpus
+from sharding.corpora import Corpora
 from trainer import checkpoint as checkpoints
 from trainer.checkpoint import Checkpoint, Progress
 from trainer.loop import Run
@@ -27,7 +27,7 @@ class Tracked:
         self.students = students  # one per student; the run itself when there is one student
 
     @classmethod
-    def start(cls, config: RunConfig, corpus: Corpus, run_ids: Mapping[str, str]) -> "Tracked":
+    def start(cls, config: RunConfig, corpora: Corpora, run_ids: Mapping[str, str]) -> "Tracked":
         """Open or continue the runs; ``run_ids`` are those of a checkpoint, empty for a new job.
 
         Raises:
@@ -51,13 +51,18 @@ class Tracked:
             run_id=run_ids.get(""),
             params=flatten(to_dict(config)),
             tags=tags,
-            description=f"General distillation of `{config.teacher.model}` on `{config.data.corpus}` into "
+            description=f"General distillation of `{config.teacher.model}` on "
+            + ", ".join(f"`{corpus.store.location}`" for corpus in corpora.corpora)
+            + " into "
             + ", ".join(student.name for student in config.students),
             system_metrics=settings.system_metrics,
         )
-        split = corpus.split("train")
-        profile = {"documents": split.documents, "rows": split.rows, "tokens": split.tokens}
-        run.log_dataset(corpus.store.name, corpus.fingerprint, corpus.store.location, profile)
+        for corpus in corpora.corpora:
+            split = corpus.split("train")
+            profile = {"documents": split.documents, "rows": split.rows, "tokens": split.tokens}
+            location = corpus.store.location
+            source = str(Path(location).resolve()) if corpus.store.is_local else location
+            run.log_dataset(corpus.store.name, corpus.fingerprint, source, profile)
         if len(config.students) == 1:
             return cls(run, [run])
         children = [
@@ -105,16 +110,16 @@ class Reporter:
 
     def started(self, resumed: bool) -> None:
         """Say what is about to run, and log the files that tell what it is made of."""
-        run, train, split = self.run, self.config.train, self.run.corpus.split("train")
+        run, train = self.run, self.config.train
         log.info("teacher %s in %s", self.config.teacher.model, self.config.teacher.precision.value)
         for trainee in run.trainees:
             student, layer_map = trainee.config, list(trainee.transfer.layer_map)
             shape = f"{student.layers} layers x {student.hidden_size}, {student.heads} heads"
             log.info("student %s: %s, learns from teacher layers %s", student.name, shape, layer_map)
-        counts = f"{split.rows} rows, {split.tokens} tokens"
-        log.info(
-            "corpus %s: %s, fingerprint %s", run.corpus.store.location, counts, run.corpus.fingerprint[:12]
-        )
+        for corpus, share in zip(run.corpora.corpora, run.corpora.shares, strict=True):
+            split, seq_len = corpus.split("train"), corpus.manifest.seq_len
+            counts = f"{split.rows} rows of up to {seq_len}, {split.tokens} tokens, {share:.1%} of the run"
+            log.info("corpus %s: %s, fingerprint %s", corpus.store.location, counts, corpus.fingerprint[:12])
         ranks = f"{run.world.size} ranks ({run.world.device.type})"
         deepspeed = f"ZeRO stage {self.config.deepspeed.zero_stage}, {self.config.deepspeed.precision.value}"
         steps = f"{run.total_steps} steps of {train.global_batch_rows} rows"
@@ -184,7 +189,7 @@ class Reporter:
             progress=progress,
             students=states,
             skipped_steps={trainee.config.name: trainee.skipped_steps for trainee in self.run.trainees},
-            fingerprint=self.run.corpus.fingerprint,
+            fingerprint=self.run.corpora.fingerprint,
             config=to_dict(self.config),
             tracking_run_ids=self.tracked.run_ids(self.config) if self.tracked is not None else {},
             revision=self.revision,

@@ -2,10 +2,10 @@
 
 import hashlib
 import json
-from collections.abc import Sequence
 from dataclasses import dataclass
 
-from sharding.manifest import Corpus
+from configs.schema import DataConfig
+from sharding.manifest import Corpus, CorpusError, open_corpus
 from sharding.mixture import Mixture
 
 
@@ -39,6 +39,11 @@ class Corpora:
         return [part.corpus for part in self.parts]
 
     @property
+    def shares(self) -> list[float]:
+        """Share of the run's rows of each; they add up to 1."""
+        return [part.weight / sum(other.weight for other in self.parts) for part in self.parts]
+
+    @property
     def fingerprint(self) -> str:
         """The corpus's fingerprint; of several, the SHA-256 of their fingerprints and weights."""
         if len(self.parts) == 1:
@@ -56,30 +61,40 @@ class Corpora:
         return Mixture(seq_lens, [part.weight for part in self.parts], global_batch_rows)
 
 
-def mix(named: Sequence[tuple[str, Corpus, float | None]]) -> Corpora:
-    """Corpora from names, corpora and weights; without weights each has that of its training rows.
+def open_corpora(data: DataConfig) -> Corpora:
+    """Open the corpus or the mixture of a run; without weights each corpus has that of its training rows.
 
-    Raises: ValueError when two have one name, only some have a weight, or tokenizers differ; all together.
+    Raises: CorpusError, naming all problems together.
     """
-    problems = []
-    names = [name for name, _, _ in named]
-    if twice := sorted({name for name in names if names.count(name) > 1}):
-        problems.append(f"the names {', '.join(twice)} are used more than once; give each corpus its own")
-    given = [weight for _, _, weight in named if weight is not None]
-    if given and len(given) < len(named):
-        problems.append("weights are set for some corpora only; set all of them, or none (then rows count)")
-    first = named[0][1].manifest.tokenizer
-    for name, corpus, _ in named[1:]:
-        if corpus.manifest.tokenizer.sha256 != first.sha256:
+    if data.corpus is not None:
+        return Corpora.of(open_corpus(data.corpus))
+    problems: list[str] = []
+    parts: list[Part] = []
+    for number, entry in enumerate(data.mixture):
+        try:
+            corpus = open_corpus(entry.corpus)
+            weight = corpus.split("train").rows if entry.weight is None else entry.weight
+            parts.append(Part(entry.name or corpus.store.name, corpus, float(weight)))
+        except CorpusError as error:
+            problems.append(f"data.mixture.{number}: {error}")
+    problems += _conflicts(parts)
+    if problems:
+        raise CorpusError("\n".join(problems))
+    return Corpora(tuple(parts))
+
+
+def _conflicts(parts: list[Part]) -> list[str]:
+    names = [part.name for part in parts]
+    problems = [
+        f"data.mixture: the name {name!r} is used {names.count(name)} times; set data.mixture.N.name"
+        for name in sorted(set(names))
+        if names.count(name) > 1
+    ]
+    for part in parts[1:]:
+        first, own = parts[0].corpus.manifest.tokenizer, part.corpus.manifest.tokenizer
+        if own.sha256 != first.sha256:
             problems.append(
-                f"{name} was built with tokenizer {corpus.manifest.tokenizer.name}, {names[0]} with "
+                f"data.mixture: {part.name} was built with tokenizer {own.name}, {parts[0].name} with "
                 f"{first.name}: their ids mean different things; build all corpora with one tokenizer"
             )
-    if problems:
-        raise ValueError("; ".join(problems))
-    return Corpora(
-        tuple(
-            Part(name, corpus, float(corpus.split("train").rows if weight is None else weight))
-            for name, corpus, weight in named
-        )
-    )
+    return problems

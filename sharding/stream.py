@@ -3,6 +3,7 @@
 Letters: B rows of this rank in one step, S sequence length of the corpora that the step draws from.
 """
 
+import logging
 from collections.abc import Collection, Iterator
 from dataclasses import dataclass, replace
 from typing import Any
@@ -17,6 +18,8 @@ from sharding.blocks import DamagedBlock, Reader, Rows
 from sharding.corpora import Corpora
 from sharding.manifest import Corpus, CorpusError
 from sharding.order import Order, rank_slice
+
+log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -64,30 +67,26 @@ class Batch:
 TENSORS = ("ids_BS", "length_B", "segment_B", "corpus_B", "block_B")
 
 
-class _Source:
-    """The rows of one corpus in its own order."""
+class _Rows:
+    """Rows of one corpus by stored place, masked where their block is damaged and that is wanted."""
 
-    def __init__(
-        self, corpus: Corpus, split: str, seed: int, group_blocks: int, known: set[int] | None
-    ) -> None:
-        # A step may straddle two groups: both stay at hand, so that no block is read twice in passing over.
-        self.reader = Reader(corpus, split, cache_blocks=2 * group_blocks)
-        self.order = Order([block.rows for _, block in self.reader.blocks], seed, group_blocks)
-        self.quarantined = known
-        self.pad_id = corpus.manifest.tokenizer.pad_id
+    def __init__(self, reader: Reader, pad_id: int, quarantined: set[int] | None) -> None:
+        self.reader, self.pad_id = reader, pad_id
+        self.quarantined = quarantined  # None: damage is an error
 
-    def rows(self, start: int, count: int) -> tuple[Rows, NDArray[np.int64], list[DamagedBlock]]:
-        """The rows at positions ``start ..``, their blocks, and damage not known before.
+    def gather(
+        self, block_index: NDArray[np.int64], row_in_block: NDArray[np.int64]
+    ) -> tuple[Rows, list[DamagedBlock]]:
+        """The rows, and the damage among them that was not known before.
 
         Raises: DamagedBlock, unless damaged blocks are to be masked.
         """
-        block_index, row_in_block = self.order.locate(start, count)
         found: list[DamagedBlock] = []
         while True:
             try:
                 if not self.quarantined:
-                    return self.reader.gather(block_index, row_in_block), block_index, found
-                return self._gather_sound(block_index, row_in_block), block_index, found
+                    return self.reader.gather(block_index, row_in_block), found
+                return self._gather_sound(block_index, row_in_block), found
             except DamagedBlock as error:
                 if self.quarantined is None:
                     raise
@@ -103,6 +102,14 @@ class _Source:
         for whole, part in zip((ids, lengths, segments), gathered, strict=True):
             whole[sound] = part
         return ids, lengths, segments
+
+
+@dataclass(frozen=True)
+class _Source:
+    """One corpus and its own order."""
+
+    rows: _Rows
+    order: Order
 
 
 class _Steps(Dataset["Batch | CorpusError"]):
@@ -127,9 +134,10 @@ class _Steps(Dataset["Batch | CorpusError"]):
         return parts[0] if len(parts) == 1 else _interleaved(parts, [draw.slots for draw in draws])
 
     def _part(self, corpus: int, start: int, count: int, position: int) -> Batch:
-        rows, blocks, errors = self.sources[corpus].rows(start, count)
+        block_index, row_in_block = self.sources[corpus].order.locate(start, count)
+        rows, errors = self.sources[corpus].rows.gather(block_index, row_in_block)
         damage = tuple(Damage(corpus, error.index, str(error)) for error in errors)
-        return _batch(position, rows, np.full(count, corpus), blocks, damage)
+        return _batch(position, rows, np.full(count, corpus), block_index, damage)
 
 
 def _interleaved(parts: list[Batch], slots: list[NDArray[np.int64]]) -> Batch:
@@ -190,7 +198,10 @@ def stream(
     sources = []
     for number, corpus in enumerate(corpora.corpora):
         known = None if quarantined is None else {block for owner, block in quarantined if owner == number}
-        sources.append(_Source(corpus, split, seed, group_blocks, known))
+        # A step may straddle two groups: both stay at hand, so that no block is read twice in passing over.
+        reader = Reader(corpus, split, cache_blocks=2 * group_blocks)
+        order = Order([block.rows for _, block in reader.blocks], seed, group_blocks)
+        sources.append(_Source(_Rows(reader, corpus.manifest.tokenizer.pad_id, known), order))
     steps = _Steps(sources, corpora, global_batch_rows, rank, world_size)
     loader: DataLoader[Batch | CorpusError] = DataLoader(
         steps,
@@ -211,12 +222,20 @@ def _raise_errors(loader: "DataLoader[Batch | CorpusError]") -> Iterator[Batch]:
 
 
 def sequential(
-    corpus: Corpus, split: str, *, rows: int, batch_rows: int, rank: int, world_size: int
+    corpus: Corpus,
+    split: str,
+    *,
+    rows: int,
+    batch_rows: int,
+    rank: int,
+    world_size: int,
+    mask_damaged: bool = False,
 ) -> Iterator[Batch]:
     """The first ``rows`` rows of a split (all, when it holds fewer) in stored order, each on one rank.
 
     Batches of ``batch_rows`` consecutive rows, the last one perhaps shorter, are dealt to the ranks in turn;
     so ranks may get different numbers of batches, or none. ``position`` is the stored row after the batch.
+    Rows of damaged blocks end the reading with a CorpusError, or are masked; what is masked is logged.
     """
     if rows < 0 or batch_rows < 1 or not 0 <= rank < world_size:
         raise ValueError(
@@ -224,10 +243,13 @@ def sequential(
             f"(0 .. {world_size - 1}) do not describe a reading"
         )
     reader = Reader(corpus, split, cache_blocks=2)
+    stored_rows = _Rows(reader, corpus.manifest.tokenizer.pad_id, set() if mask_damaged else None)
     starts = np.cumsum([0] + [block.rows for _, block in reader.blocks])
     total = min(rows, int(starts[-1]))
     for first in range(rank * batch_rows, total, world_size * batch_rows):
         stored = np.arange(first, min(first + batch_rows, total))
         block_index = np.searchsorted(starts, stored, side="right") - 1
-        gathered = reader.gather(block_index, stored - starts[block_index])
+        gathered, damage = stored_rows.gather(block_index, stored - starts[block_index])
+        for error in damage:
+            log.warning("rows masked in the %s split: %s", split, error)
         yield _batch(int(stored[-1]) + 1, gathered, np.zeros_like(stored), block_index)

@@ -13,7 +13,7 @@ from (seed, step, rank, micro batch), see ``trainer.loop``, and the data order f
 import json
 import re
 import shutil
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -37,7 +37,8 @@ class Progress:
     """Where a run stands."""
 
     step: int = 0  # optimizer steps completed
-    rows: int = 0  # rows of the corpus consumed by completed steps, over all ranks and epochs
+    rows: int = 0  # rows of the corpora consumed by completed steps, over all ranks and epochs
+    quarantined: list[tuple[int, int]] = field(default_factory=list)  # (corpus, block) found damaged, masked
 
 
 @dataclass(frozen=True)
@@ -47,7 +48,7 @@ class Checkpoint:
     progress: Progress
     students: dict[str, EngineState]  # by student name
     skipped_steps: dict[str, int]  # by student name: steps whose update was left out
-    fingerprint: str  # of the corpus
+    fingerprint: str  # of the corpus, or of the mixture
     config: dict[str, Any]  # resolved
     tracking_run_ids: dict[str, str]  # MLflow run ids; "" is the run itself, the others are students
     revision: str  # of the code
@@ -99,7 +100,9 @@ def load(path: Path) -> Checkpoint:
         )
         for name, fields in run.pop("students").items()
     }
-    return Checkpoint(progress=Progress(**run.pop("progress")), students=students, **run)
+    progress = Progress(**run.pop("progress"))
+    progress.quarantined = [(corpus, block) for corpus, block in progress.quarantined]
+    return Checkpoint(progress=progress, students=students, **run)
 
 
 def verify(path: Path) -> list[str]:
@@ -128,7 +131,9 @@ def check_same_run(path: Path, config: dict[str, Any], fingerprint: str, resumed
     """
     problems = []
     if fingerprint != resumed.fingerprint:
-        problems.append(f"the corpus has fingerprint {fingerprint}, the run was on {resumed.fingerprint}")
+        problems.append(
+            f"the corpus or mixture has fingerprint {fingerprint}, the run was on {resumed.fingerprint}"
+        )
     for key in (
         "train.seed",
         "train.global_batch_rows",

@@ -12,15 +12,16 @@ from typing import Protocol
 import numpy as np
 import torch
 
-from configs.schema import NonFinite, Precision, RunConfig, StudentConfig
-from sharding.manifest import Corpus
+from configs.schema import Damaged, NonFinite, Precision, RunConfig, StudentConfig
+from sharding.corpora import Corpora
 from sharding.stream import Batch, stream
 from trainer.checkpoint import Progress
 from trainer.engine import Engine, StepResult
 from trainer.evaluation import Encode, evaluate
 from trainer.losses import Transfer, denominators, distil, total, valid_counts, weights
-from trainer.meter import LossMeter, SpeedMeter
+from trainer.meter import CorpusMeter, LossMeter, SpeedMeter
 from trainer.models import Inputs
+from trainer.quarantine import mask_damaged
 from trainer.schedule import lr_multiplier
 from trainer.world import World, sum_over_ranks
 
@@ -37,6 +38,7 @@ class Trainee:
     transfer: Transfer
     engine: Engine
     losses: LossMeter = field(default_factory=LossMeter)
+    by_corpus: CorpusMeter | None = None  # of a run on several corpora
     grad_norm: float = 0.0  # of the last step, before clipping
     skipped_steps: int = 0  # over the whole run
     skipped_in_a_row: int = 0
@@ -63,7 +65,7 @@ class Run:
 
     config: RunConfig
     world: World
-    corpus: Corpus
+    corpora: Corpora
     teach: Encode
     teacher_hidden_size: int
     trainees: list[Trainee]
@@ -72,12 +74,15 @@ class Run:
     total_steps: int
 
 
-def total_steps(config: RunConfig, corpus: Corpus) -> int:
-    """Return the run's length in optimizer steps; a share of an epoch is rounded to the nearest step."""
+def total_steps(config: RunConfig, corpora: Corpora) -> int:
+    """Return the run's length in optimizer steps; a share of an epoch is rounded to the nearest step.
+
+    An epoch of several corpora is as many rows as they hold together.
+    """
     if config.train.steps is not None:
         return config.train.steps
     assert config.train.epochs is not None, "check_run comes first"
-    return max(1, round(config.train.epochs * corpus.split("train").rows / config.train.global_batch_rows))
+    return max(1, round(config.train.epochs * corpora.rows("train") / config.train.global_batch_rows))
 
 
 def train(run: Run, listener: Listener) -> None:
@@ -91,6 +96,8 @@ def train(run: Run, listener: Listener) -> None:
     if progress.step == 0 and config.evaluation.every_steps is not None:
         _evaluate(run, listener)
     for batch in run.speed.timed(_batches(run)):
+        if config.data.damaged is Damaged.quarantine:
+            batch = mask_damaged(batch, progress, run.world)
         tokens = _accumulate_gradients(run, batch)
         for trainee in run.trainees:
             rate = trainee.config.optimizer.lr * _multiplier(trainee, progress.step, end)
@@ -114,9 +121,10 @@ def _accumulate_gradients(run: Run, batch: Batch) -> int:
     """
     device, size = run.world.device, run.config.train.micro_batch_rows
     counts = sum_over_ranks(valid_counts(batch.length_B).to(device))
-    tokens, pairs = counts.tolist()
+    tokens, pairs = counts.clamp(min=1).tolist()  # 0: every row of the step is masked
     for micro, start in enumerate(range(0, len(batch.length_B), size)):
-        inputs = Inputs.of(batch, slice(start, start + size), device)
+        rows = slice(start, start + size)
+        inputs = Inputs.of(batch, rows, device)
         targets = run.teach(inputs)
         for trainee in run.trainees:
             _seed_dropout(run.config.train.seed, run.progress.step, run.world.rank, micro)
@@ -124,6 +132,8 @@ def _accumulate_gradients(run: Run, batch: Batch) -> int:
             counted = denominators(trainee.transfer, tokens, pairs, run.teacher_hidden_size)
             trainee.engine.backward(total(sums, counted, weights(trainee.transfer)))
             trainee.losses.add(sums, counted)
+            if trainee.by_corpus is not None:
+                trainee.by_corpus.add(sums, batch.corpus_B[rows].to(device), batch.length_B[rows].to(device))
     return int(tokens)
 
 
@@ -155,6 +165,9 @@ def _log(run: Run, listener: Listener) -> None:
     students = []
     for trainee in run.trainees:
         losses = trainee.losses.means(weights(trainee.transfer), steps)
+        if trainee.by_corpus is not None:
+            means = trainee.by_corpus.means(run.world.device)
+            losses |= {key: value for key, value in means.items() if key.startswith("corpus/")}
         lr = trainee.config.optimizer.lr * _multiplier(trainee, run.progress.step - 1, run.total_steps)
         students.append(
             {
@@ -166,10 +179,20 @@ def _log(run: Run, listener: Listener) -> None:
         )
     rows_left = (run.total_steps - run.progress.step) * run.config.train.global_batch_rows
     speed = run.speed.report(rows_left, run.world)
-    epoch = run.progress.rows / run.corpus.split("train").rows
-    listener.logged(
-        run.progress, {**speed, "progress/rows": run.progress.rows, "progress/epoch": epoch}, students
-    )
+    listener.logged(run.progress, {**speed, **_position(run)}, students)
+
+
+def _position(run: Run) -> dict[str, float]:
+    """How far the run has come, over all its rows and in each of several corpora."""
+    rows, parts = run.progress.rows, run.corpora.parts
+    found = {"progress/rows": rows, "progress/epoch": rows / run.corpora.rows("train")}
+    if len(parts) > 1:
+        consumed = run.corpora.mixture(run.config.train.global_batch_rows).consumed(rows).tolist()
+        for part, own in zip(parts, consumed, strict=True):
+            found[f"progress/epoch/{part.name}"] = own / part.corpus.split("train").rows
+    if run.config.data.damaged is Damaged.quarantine:
+        found["data/quarantined_blocks"] = len(run.progress.quarantined)
+    return found
 
 
 def _evaluate(run: Run, listener: Listener) -> None:
@@ -180,10 +203,11 @@ def _evaluate(run: Run, listener: Listener) -> None:
         run.teach,
         encoders,
         run.teacher_hidden_size,
-        run.corpus,
+        run.corpora,
         run.config.evaluation.rows,
         run.config.train.micro_batch_rows,
         run.world,
+        mask_damaged=run.config.data.damaged is Damaged.quarantine,
     )
     for trainee in run.trainees:
         trainee.engine.train(True)
@@ -194,7 +218,7 @@ def _batches(run: Run) -> Iterable[Batch]:
     train, data = run.config.train, run.config.data
     steps_left = run.total_steps - run.progress.step
     return stream(
-        run.corpus,
+        run.corpora,
         "train",
         seed=train.seed,
         group_blocks=data.group_blocks,
@@ -206,6 +230,7 @@ def _batches(run: Run) -> Iterable[Batch]:
         workers=data.workers,
         prefetch_steps=data.prefetch_steps,
         pin_memory=run.world.device.type == "cuda",
+        quarantined=run.progress.quarantined if data.damaged is Damaged.quarantine else None,
     )
 
 

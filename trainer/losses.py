@@ -1,8 +1,9 @@
-"""The losses of the method, as sums over valid elements; the caller divides by global counts.
+"""The losses of the method, as sums over the valid elements of each row; the caller divides by global counts.
 
 Sums, not means: rows, padding and micro batches differ between ranks, and only a sum over everything divided
-by one global count leaves loss and gradient independent of how rows are spread. Sums are float32 whatever the
-inputs are (float64 for float64 inputs), also under autocast.
+by one global count leaves loss and gradient independent of how rows are spread. One sum per row, [B], tells
+besides how well each corpus of a mixture is learned. Sums are float32 whatever the inputs are (float64 for
+float64 inputs), also under autocast.
 
 Letters: B rows, S sequence, H heads, R relation heads, D head dim, E hidden dim. ``mask_BS`` is true (or 1)
 for valid tokens. docs/method.md has the maths. Source: Jiao et al. 2019, arXiv:1909.10351, section 3.1.
@@ -22,9 +23,9 @@ from trainer.capture import Captured
 
 
 def squared_error_sum(student_BSE: Tensor, teacher_BSE: Tensor, mask_BS: Tensor) -> Tensor:
-    """Sum over valid tokens and features of (student - teacher)^2: a scalar. Its count is tokens * E."""
+    """Sum over a row's valid tokens and features of (student - teacher)^2: [B]. Its count is tokens * E."""
     error_BSE = _widen(student_BSE) - _widen(teacher_BSE)
-    return error_BSE.masked_fill(~mask_BS.bool().unsqueeze(-1), 0).square().sum()
+    return error_BSE.masked_fill(~mask_BS.bool().unsqueeze(-1), 0).square().sum(dim=(1, 2))
 
 
 def soft_cross_entropy_sum(
@@ -93,10 +94,10 @@ def attention_error_sum(
     mask_BS: Tensor,
     method: str = "auto",
 ) -> Tensor:
-    """Sum over rows, heads and pairs of valid tokens of (A_S - A_T)^2, with A = Q K' * scaling: a scalar.
+    """Sum over a row's heads and pairs of valid tokens of (A_S - A_T)^2, with A = Q K' * scaling: [B].
 
     Queries and keys: [B, R, S, D]; D may differ between student (_S) and teacher (_T). The count is R times
-    the sum of squared row lengths. The teacher's tensors get no gradient. With padded rows zero, side by side
+    the squared row length. The teacher's tensors get no gradient. With padded rows zero, side by side
 
         U = [a Q_S, b Q_T],   V = [a K_S, -b K_T],   so that   A_S - A_T = U V'   with a^2, b^2 the scalings,
 
@@ -118,11 +119,11 @@ def attention_error_sum(
 
 
 class _ScoreError(torch.autograd.Function):
-    """|| Q_S K_S' - Q_T K_T' ||_F^2 summed over rows and heads, with its gradient
+    """|| Q_S K_S' - Q_T K_T' ||_F^2 summed over heads, [B], with its gradient
 
         dQ_S = 2 (U V') K_S = 2 U (V'V)[:, :D_S]        dK_S = 2 (U V')' Q_S = 2 V (U'U)[:, :D_S].
 
-    A scalar's gradient is known up to a factor, so it is formed in the forward pass: what waits for the
+    A row's gradient is known up to a factor, so it is formed in the forward pass: what waits for the
     backward pass is two tensors of the student's size, nothing of the teacher's and nothing of S x S.
     """
 
@@ -133,12 +134,12 @@ class _ScoreError(torch.autograd.Function):
             u, v = torch.cat((q_S, q_T), dim=-1), torch.cat((k_S, -k_T), dim=-1)
             if method == "gram":
                 gram_u, gram_v = u.mT @ u, v.mT @ v
-                total = (gram_u * gram_v).sum()
+                total = (gram_u * gram_v).sum(dim=(1, 2, 3))
                 if wants_gradient:
                     ctx.save_for_backward(2 * (u @ gram_v[..., :dim_S]), 2 * (v @ gram_u[..., :dim_S]))
             else:
                 error = u @ v.mT
-                total = error.square().sum()
+                total = error.square().sum(dim=(1, 2, 3))
                 if wants_gradient:
                     ctx.save_for_backward(2 * (error @ k_S), 2 * (error.mT @ q_S))
         return total
@@ -147,7 +148,8 @@ class _ScoreError(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         gradient_q, gradient_k = ctx.saved_tensors
-        return grad * gradient_q, grad * gradient_k, None, None, None
+        factor_B111 = grad[:, None, None, None]
+        return factor_B111 * gradient_q, factor_B111 * gradient_k, None, None, None
 
 
 @contextmanager
@@ -210,7 +212,7 @@ def needed_layers(transfers: Iterable[Transfer]) -> tuple[set[int], set[int]]:
 
 
 def distil(student: Captured, teacher: Captured, mask_BS: Tensor, transfer: Transfer) -> dict[str, Tensor]:
-    """The error sums of one batch, one scalar for each key of ``weights(transfer)``.
+    """The error sums of one batch's rows, [B] for each key of ``weights(transfer)``.
 
     The student's hidden states are already projected to the teacher's width.
     """
@@ -260,5 +262,5 @@ def denominators(
 def total(
     sums: Mapping[str, Tensor], denominators: Mapping[str, float], weights: Mapping[str, float]
 ) -> Tensor:
-    """L_model = sum over terms of weight * sum / denominator. Scalar, differentiable."""
-    return torch.stack([weights[key] / denominators[key] * value for key, value in sums.items()]).sum()
+    """L_model = sum over terms and rows of weight * sum / denominator. Scalar, differentiable."""
+    return torch.stack([weights[key] / denominators[key] * value_B for key, value_B in sums.items()]).sum()

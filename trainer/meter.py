@@ -1,13 +1,14 @@
 """What a run measures of itself: losses as exact global means, speed, waiting, time left."""
 
 import time
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
 
 from sharding.stream import Batch
+from trainer.losses import Transfer, denominators, weights
 from trainer.world import World, sum_over_ranks
 
 
@@ -22,9 +23,9 @@ class LossMeter:
     shares: dict[str, Tensor] = field(default_factory=dict)
 
     def add(self, sums: Mapping[str, Tensor], denominators: Mapping[str, float]) -> None:
-        """Add this rank's share of one micro batch; nothing is read back from the device."""
+        """Add this rank's share of one micro batch, a sum per row; nothing is read back from the device."""
         for key, value in sums.items():
-            share = value.detach().double() / denominators[key]
+            share = value.detach().sum().double() / denominators[key]
             self.shares[key] = self.shares.get(key, torch.zeros_like(share)) + share
 
     def means(self, weights: Mapping[str, float], steps: int) -> dict[str, float]:
@@ -34,6 +35,54 @@ class LossMeter:
         self.shares = {}
         values = dict(zip(keys, reduced.tolist(), strict=True))
         return {"total": sum(weights[key] * value for key, value in values.items()), **values}
+
+
+class CorpusMeter:
+    """Mean of every loss term over all valid elements of a span, for all rows and for each corpus's."""
+
+    def __init__(self, names: Sequence[str], transfer: Transfer, teacher_hidden_size: int) -> None:
+        self.names, self.transfer, self.teacher_hidden_size = names, transfer, teacher_hidden_size
+        self._sums: dict[str, Tensor] = {}  # float64 [corpora]
+        self._counts: Tensor | None = None  # tokens and pairs: int64 [corpora, 2]
+
+    def add(self, sums: Mapping[str, Tensor], corpus_B: Tensor, length_B: Tensor) -> None:
+        """Add one micro batch: a sum per row and term, each row's corpus and its valid tokens."""
+        counts_B2 = torch.stack((length_B, length_B.square()), dim=1)
+        if self._counts is None:
+            self._counts = counts_B2.new_zeros(len(self.names), 2)
+            self._sums = {key: corpus_B.new_zeros(len(self.names), dtype=torch.float64) for key in sums}
+        self._counts.index_add_(0, corpus_B, counts_B2)
+        for key, value_B in sums.items():
+            self._sums[key].index_add_(0, corpus_B, value_B.detach().double())
+
+    def means(self, device: torch.device) -> dict[str, float]:
+        """Return the means, and reset (collective).
+
+        Keys are the terms and their weighted ``total``; with several corpora these once more under
+        ``corpus/<name>/``, for the corpora that have rows in the span.
+        """
+        keys, corpora = list(weights(self.transfer)), len(self.names)
+        sums = torch.zeros(len(keys), corpora, device=device, dtype=torch.float64)
+        counts = torch.zeros(corpora, 2, device=device, dtype=torch.int64)
+        if self._counts is not None:  # this rank has seen rows
+            sums, counts = torch.stack([self._sums[key] for key in keys]), self._counts
+        sums, counts = sum_over_ranks(sums), sum_over_ranks(counts)
+        self._counts = None
+        found = self._weighed(
+            dict(zip(keys, sums.sum(dim=1).tolist(), strict=True)), *counts.sum(dim=0).tolist()
+        )
+        for index, name in enumerate(self.names if corpora > 1 else ()):
+            tokens, pairs = counts[index].tolist()
+            if tokens:
+                own = self._weighed(dict(zip(keys, sums[:, index].tolist(), strict=True)), tokens, pairs)
+                found |= {f"corpus/{name}/{key}": value for key, value in own.items()}
+        return found
+
+    def _weighed(self, sums: Mapping[str, float], tokens: int, pairs: int) -> dict[str, float]:
+        counted = denominators(self.transfer, max(tokens, 1), max(pairs, 1), self.teacher_hidden_size)
+        values = {key: value / counted[key] for key, value in sums.items()}
+        of_term = weights(self.transfer)
+        return {"total": sum(of_term[key] * value for key, value in values.items()), **values}
 
 
 @dataclass

@@ -23,7 +23,8 @@ class Inputs:
     """One micro batch on the device, as an encoder takes it."""
 
     ids_BS: Tensor  # int64
-    mask_BS: Tensor  # bool, True where the token is valid
+    mask_BS: Tensor  # bool, True where the token is valid: what losses count
+    attention_mask_BS: Tensor  # bool, what encoders attend to; in a row without a valid token, its first
     token_type_BS: Tensor  # int64, 1 from segment B on
 
     @classmethod
@@ -34,7 +35,9 @@ class Inputs:
         segment_B1 = batch.segment_B[rows, None].to(device, non_blocking=True)
         index_S = torch.arange(ids_BS.shape[1], device=device)
         mask_BS = index_S < length_B1
-        return cls(ids_BS, mask_BS, ((index_S >= segment_B1) & mask_BS).long())
+        # A softmax over nothing has no value; what comes of such a row is masked in every loss.
+        attention_mask_BS = index_S < length_B1.clamp(min=1)
+        return cls(ids_BS, mask_BS, attention_mask_BS, ((index_S >= segment_B1) & mask_BS).long())
 
 
 class Student(nn.Module):

@@ -96,6 +96,13 @@ def sum_over_ranks(values: torch.Tensor) -> torch.Tensor:
     return values
 
 
+def gather_over_ranks(value: Result) -> list[Result]:
+    """Return what every rank gave, in the ranks' order (collective); any picklable value."""
+    found: list[Any] = [None] * dist.get_world_size()
+    dist.all_gather_object(found, value)
+    return found
+
+
 def share_cores(world: World, threads: int | None) -> None:
     """Set this process's CPU threads: ``threads``, else on CPU the host's cores over its local ranks."""
     if threads is None and world.device.type == "cpu":

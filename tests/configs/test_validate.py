@@ -20,6 +20,7 @@ def valid_run() -> RunConfig:
         ],
     )
     config.train.steps = 5
+    config.data.corpus = "corpus"
     return copy.deepcopy(config)
 
 

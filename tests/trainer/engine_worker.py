@@ -55,7 +55,8 @@ def make_rows(step: int) -> tuple[Tensor, Tensor]:
 
 def make_inputs(ids_BS: Tensor) -> Inputs:
     """A micro batch without padding."""
-    return Inputs(ids_BS, torch.ones_like(ids_BS, dtype=torch.bool), torch.zeros_like(ids_BS))
+    mask_BS = torch.ones_like(ids_BS, dtype=torch.bool)
+    return Inputs(ids_BS, mask_BS, mask_BS, torch.zeros_like(ids_BS))
 
 
 def loss_of(hidden_BSE: Tensor, targets_BSE: Tensor) -> Tensor:

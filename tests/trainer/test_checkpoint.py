@@ -291,7 +291,7 @@ def test_another_run_is_refused_and_every_difference_named():
     config["students"][0]["losses"]["hidden"] = 2.0
     said = refused(config, fingerprint="0" * 64)
     for line in (
-        f"the corpus has fingerprint {'0' * 64}, the run was on {'f' * 64}",
+        f"the corpus or mixture has fingerprint {'0' * 64}, the run was on {'f' * 64}",
         "train.seed=1, the run has 0",
         "train.global_batch_rows=512, the run has 256",
         "data.group_blocks=4, the run has 16",

@@ -38,10 +38,10 @@ def pair():
 
 def encoders(teacher, student):
     def teach(inputs: Inputs) -> Captured:
-        return capture(teacher, inputs.ids_BS, inputs.mask_BS, inputs.token_type_BS)
+        return capture(teacher, inputs.ids_BS, inputs.attention_mask_BS, inputs.token_type_BS)
 
     def learn(inputs: Inputs) -> Captured:
-        return Captured(**student(inputs.ids_BS, inputs.mask_BS, inputs.token_type_BS))
+        return Captured(**student(inputs.ids_BS, inputs.attention_mask_BS, inputs.token_type_BS))
 
     return teach, learn
 

@@ -9,6 +9,7 @@ import torch.distributed as dist
 from configs.deepspeed import derive
 from configs.load import load_config
 from configs.schema import RunConfig
+from sharding.corpora import Corpora, open_corpora
 from sharding.manifest import open_corpus
 from tests.trainer.tiny import tiny_encoder
 from trainer import engine
@@ -67,22 +68,22 @@ def make_run(config: RunConfig, progress: Progress) -> Run:
     module = build_student(student, teacher, teacher.config, config.train.seed)
     own = engine.Engine(module, student.optimizer, derive(config, student, 1, False), ALONE)
     own.train()
-    corpus = open_corpus(config.data.corpus)
+    corpora = open_corpora(config.data)
 
     @torch.no_grad()
     def teach(inputs):
-        return capture(teacher, inputs.ids_BS, inputs.mask_BS, inputs.token_type_BS)
+        return capture(teacher, inputs.ids_BS, inputs.attention_mask_BS, inputs.token_type_BS)
 
     return Run(
         config=config,
         world=ALONE,
-        corpus=corpus,
+        corpora=corpora,
         teach=teach,
         teacher_hidden_size=48,
         trainees=[Trainee(student, transfer(student, teacher.config), own)],
         speed=SpeedMeter(flops_per_row=1.0, floor_s_per_row=1.0),
         progress=progress,
-        total_steps=total_steps(config, corpus),
+        total_steps=total_steps(config, corpora),
     )
 
 
@@ -175,7 +176,7 @@ def test_by_default_it_stops(group, tiny_corpus):
 @pytest.mark.parametrize(("epochs", "steps"), [("1", 80), ("0.5", 40), ("2.5", 201), ("0.001", 1)])
 def test_epochs_become_steps(tiny_corpus, epochs, steps):
     """644 rows are 80.5 steps of 8."""
-    corpus = open_corpus(tiny_corpus)
-    assert corpus.split("train").rows == 644
+    corpora = Corpora.of(open_corpus(tiny_corpus))
+    assert corpora.rows("train") == 644
     config = configured(tiny_corpus, "train.steps=null", f"train.epochs={epochs}")
-    assert total_steps(config, corpus) == steps
+    assert total_steps(config, corpora) == steps

@@ -42,7 +42,7 @@ def test_squared_error_by_hand():
     teacher = torch.tensor([[[0.0, 2.0], [5.0, 1.0]], [[2.0, 1.0], [0.0, 0.0]]])
     mask = torch.tensor([[1, 1], [1, 0]])
     # (1 + 0) + (4 + 9), then (4 + 4); the last token is padding.
-    assert squared_error_sum(student, teacher, mask).item() == 22.0
+    assert squared_error_sum(student, teacher, mask).tolist() == [14.0, 8.0]
 
 
 @both_methods
@@ -164,7 +164,8 @@ def test_distilled_attention_equals_the_loop(heads_S, heads_T, dim_S, dim_T):
     sums = distil(student, teacher, lengths_to_mask(lengths, seq_len), transfer)
     expected = reference_error(q_S, k_S, q_T, k_T, dim_S**-0.5, dim_T**-0.5, lengths)
     assert list(sums) == ["attention/1"]
-    assert sums["attention/1"].item() == pytest.approx(expected, rel=1e-12)
+    assert sums["attention/1"].sum().item() == pytest.approx(expected, rel=1e-12)
+    assert sums["attention/1"].shape == (3,) and sums["attention/1"][2] == 0
 
 
 # The two methods and their gradients
@@ -181,9 +182,9 @@ def random_attention(dim_S=3, dim_T=5, seq_len=7, heads=2, dtype=torch.float64, 
 
 def loss_and_gradients(tensors, mask, method, scalings=(0.6, 0.4)):
     q_S, k_S = (x.detach().requires_grad_() for x in tensors[:2])
-    loss = attention_error_sum(q_S, k_S, *tensors[2:], *scalings, mask, method)
-    loss.backward()
-    return loss.detach(), q_S.grad, k_S.grad
+    loss_B = attention_error_sum(q_S, k_S, *tensors[2:], *scalings, mask, method)
+    loss_B.sum().backward()
+    return loss_B.detach(), q_S.grad, k_S.grad
 
 
 @both_methods
@@ -192,8 +193,8 @@ def test_gradients_equal_autograd_of_the_definition(method):
     q_S, k_S = (x.clone().requires_grad_() for x in tensors[:2])
     error = 0.6 * q_S @ k_S.mT - 0.4 * tensors[2] @ tensors[3].mT
     pairs = (mask[:, :, None] & mask[:, None, :])[:, None]
-    expected = (error * pairs).square().sum()
-    expected.backward()
+    expected = (error * pairs).square().sum(dim=(1, 2, 3))
+    expected.sum().backward()
     loss, gradient_q, gradient_k = loss_and_gradients(tensors, mask, method)
     torch.testing.assert_close(loss, expected.detach(), rtol=1e-12, atol=0)
     torch.testing.assert_close(gradient_q, q_S.grad, rtol=1e-12, atol=1e-12)
@@ -253,7 +254,7 @@ def test_nothing_of_the_size_of_attention_exists_and_little_is_kept():
 
 def test_the_teacher_gets_no_gradient():
     tensors = [x.requires_grad_() for x in random_attention()]
-    attention_error_sum(*tensors, 0.6, 0.4, torch.ones(3, 7)).backward()
+    attention_error_sum(*tensors, 0.6, 0.4, torch.ones(3, 7)).sum().backward()
     assert [x.grad is not None for x in tensors] == [True, True, False, False]
 
 
@@ -300,7 +301,7 @@ def step(seq_len, padding=0.0, micro_batches=(slice(None),)):
     for rows in micro_batches:
         part_sums = distil(part(student, rows), part(teacher, rows), mask[rows], TRANSFER)
         total(part_sums, counts, weights(TRANSFER)).backward()
-        sums = {key: sums[key] + part_sums[key].item() for key in sums}
+        sums = {key: sums[key] + part_sums[key].sum().item() for key in sums}
     inputs = student.hidden + student.queries + student.keys
     return sums, [x.grad[..., : max(LENGTHS), :] for x in inputs if x.grad is not None], inputs
 

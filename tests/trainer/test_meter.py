@@ -9,7 +9,8 @@ import torch.distributed as dist
 from torch import tensor
 
 from sharding.stream import Batch
-from trainer.meter import LossMeter, SpeedMeter
+from trainer.losses import Transfer
+from trainer.meter import CorpusMeter, LossMeter, SpeedMeter
 from trainer.world import World
 
 CPU = torch.device("cpu")
@@ -34,6 +35,25 @@ def test_the_mean_over_steps_by_hand(group):
     means = meter.means({"embedding": 2.0, "hidden/1": 0.5}, steps=2)
     assert list(means) == ["total", "embedding", "hidden/1"]
     assert means == {"total": 2 * 0.75 + 0.5 * 1.75, "embedding": 0.75, "hidden/1": 1.75}
+
+
+def test_losses_by_corpus_by_hand(group):
+    """Rows of corpus 0: 2 and 3 tokens; of corpus 1: 1 token; hidden size 2, one relation head."""
+    meter = CorpusMeter(["wiki", "books", "unread"], Transfer((1,), 1, 2.0, 0.0, 1.0, (1.0,)), 2)
+    meter.add(
+        {"embedding": tensor([4.0, 5.0]), "attention/1": tensor([8.0, 3.0])}, tensor([0, 1]), tensor([2, 1])
+    )
+    meter.add({"embedding": tensor([6.0]), "attention/1": tensor([5.0])}, tensor([0]), tensor([3]))
+    means = meter.means(CPU)
+    assert means["embedding"] == 15 / (6 * 2) and means["attention/1"] == pytest.approx(16 / (4 + 1 + 9))
+    assert means["total"] == pytest.approx(2 * 15 / 12 + 16 / 14)
+    assert means["corpus/wiki/embedding"] == 10 / (5 * 2)
+    assert means["corpus/wiki/attention/1"] == pytest.approx(13 / 13)
+    assert means["corpus/wiki/total"] == pytest.approx(3.0)
+    assert means["corpus/books/total"] == pytest.approx(2 * 2.5 + 3.0)
+    assert not [key for key in means if "unread" in key]
+    meter.add({"embedding": tensor([2.0]), "attention/1": tensor([1.0])}, tensor([2]), tensor([1]))
+    assert {key for key in meter.means(CPU) if "/total" in key} == {"corpus/unread/total"}
 
 
 def test_the_next_span_starts_from_nothing(group):
@@ -101,7 +121,7 @@ def test_time_outside_steps_is_left_out(monkeypatch):
     now = 0.0
     monkeypatch.setattr(time, "perf_counter", lambda: now)
     meter = SpeedMeter(flops_per_row=1.0, floor_s_per_row=1.0)
-    batches = [Batch(position, *(tensor([1]),) * 3) for position in (1, 2, 3)]
+    batches = [Batch(position, *(tensor([1]),) * 5) for position in (1, 2, 3)]
 
     def read():
         nonlocal now

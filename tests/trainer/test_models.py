@@ -203,17 +203,23 @@ def test_projections_and_where_their_gradients_come_from(projection, of_layer):
 
 def test_inputs_of_a_batch_by_hand():
     batch = Batch(
-        position=3,
-        ids_BS=torch.tensor([[2, 9, 3, 0, 0], [2, 9, 3, 8, 3], [2, 7, 6, 3, 0]]),
-        length_B=torch.tensor([3, 5, 4]),
-        segment_B=torch.tensor([3, 3, 4]),
+        position=4,
+        ids_BS=torch.tensor([[2, 9, 3, 0, 0], [2, 9, 3, 8, 3], [2, 7, 6, 3, 0], [0, 0, 0, 0, 0]]),
+        length_B=torch.tensor([3, 5, 4, 0]),
+        segment_B=torch.tensor([3, 3, 4, 0]),
+        corpus_B=torch.tensor([0, 0, 0, 0]),
+        block_B=torch.tensor([0, 0, 1, 1]),
     )
     inputs = Inputs.of(batch, slice(0, 2), CPU)
     assert inputs.ids_BS.tolist() == [[2, 9, 3, 0, 0], [2, 9, 3, 8, 3]]
     assert inputs.mask_BS.tolist() == [[True, True, True, False, False], [True] * 5]
     assert inputs.token_type_BS.tolist() == [[0, 0, 0, 0, 0], [0, 0, 0, 1, 1]]
     assert (inputs.mask_BS.dtype, inputs.token_type_BS.dtype) == (torch.bool, torch.int64)
-    assert Inputs.of(batch, slice(2, 4), CPU).mask_BS.tolist() == [[True, True, True, True, False]]
+    rest = Inputs.of(batch, slice(2, 5), CPU)
+    assert rest.mask_BS.tolist() == [[True, True, True, True, False], [False] * 5]
+    # A row without a valid token is attended to somewhere, and counts nowhere.
+    assert rest.attention_mask_BS.tolist() == [[True, True, True, True, False], [True] + [False] * 4]
+    assert rest.token_type_BS[1].tolist() == [0] * 5
 
 
 def test_a_student_is_ready_to_be_captured():
