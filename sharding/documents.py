@@ -1,10 +1,11 @@
-"""What all sources share: documents, the parts that processes read by themselves, files behind compression."""
+"""What all sources share: documents, parts for processes to read by themselves, files behind compression."""
 
 import bz2
 import gzip
 import io
+import json
 import lzma
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import IO, Any, BinaryIO, NamedTuple, cast
@@ -42,26 +43,38 @@ class Part:
     """Cannot be split, however large it is: a compressed file that is one stream."""
 
 
-def file_parts(number: int, path: Path, starts: Iterable[int]) -> list[Part]:
-    """A file cut at ``starts``, its first byte included. ``number`` is its place among the source's files."""
+def cut(size: int, part_bytes: int, next_start: Callable[[int], int | None]) -> list[int]:
+    """Where the parts of ``size`` bytes begin: at 0, and at the first fit byte from each multiple of
+    ``part_bytes`` on, which ``next_start`` finds."""
+    starts = [0]
+    for position in range(part_bytes, size, part_bytes):
+        if position <= starts[-1]:  # within one large document
+            continue
+        start = next_start(position)
+        if start is None or start >= size:
+            break
+        starts.append(start)
+    return starts
+
+
+def file_parts(number: int, path: Path, starts: list[int], most_bytes: int) -> list[Part]:
+    """The parts of one file, the ``number``-th of its source, that begin at ``starts`` (the first is 0).
+
+    A file of more than ``most_bytes`` with no second start is a sequential part.
+    """
     size = path.stat().st_size
-    bounds = [*starts, size]
+    bounds = zip(starts, [*starts[1:], None], strict=True)
     return [
         Part(
             name=f"{number:05d}-{start:013d}",
             source=str(path),
             start=start,
-            stop=None if stop == size else stop,
-            bytes=stop - start,
-            sequential=False,
+            stop=stop,
+            bytes=(size if stop is None else stop) - start,
+            sequential=len(starts) == 1 and size > most_bytes,
         )
-        for start, stop in zip(bounds, bounds[1:], strict=False)
+        for start, stop in bounds
     ]
-
-
-def whole_file(number: int, path: Path, *, sequential: bool) -> Part:
-    """A file that is one part."""
-    return Part(f"{number:05d}-{0:013d}", str(path), 0, None, path.stat().st_size, sequential)
 
 
 def open_file(path: Path | str) -> BinaryIO:
@@ -72,72 +85,89 @@ def open_file(path: Path | str) -> BinaryIO:
         raise CorpusError(f"source.path: {path} cannot be opened: {error.strerror}") from error
 
 
-def decompressed(raw: BinaryIO, suffix: str, stop: int | None = None) -> IO[bytes]:
-    """The content of a file from where it stands, through the compression that its suffix names.
+def content(raw: BinaryIO, suffix: str, stop: int | None = None) -> IO[bytes]:
+    """What a file holds from where it stands, through the compression that its suffix names.
 
-    ``stop`` (bz2 and xz): the byte of the file at which the last stream to be read ends.
+    ``stop``: the byte of the file at which this ends; within gzip it is not known.
     """
     if suffix == ".gz":
         return cast(IO[bytes], gzip.open(raw))
+    if stop is not None:
+        raw = io.BufferedReader(_Range(raw, stop), READ_BYTES)
     if suffix in (".bz2", ".xz"):
-        return io.BufferedReader(_Streams(raw, suffix, stop), READ_BYTES)
+        return io.BufferedReader(_Streams(raw, suffix), READ_BYTES)
     return raw
 
 
-class _Streams(io.RawIOBase):
-    """The content of consecutive bz2 or xz streams.
+class _Range(io.RawIOBase):
+    """A file up to byte ``stop``."""
 
-    ``BZ2File`` and ``LZMAFile`` take anything that is no stream, once one has ended, for the end of the file: a
-    damaged stream in the middle would go unnoticed with all that follow it.
-    """
-
-    def __init__(self, raw: BinaryIO, suffix: str, stop: int | None) -> None:
-        self.raw, self.suffix, self.stop = raw, suffix, stop
-        self.decompressor = self._new()
-
-    def _new(self) -> Any:
-        return bz2.BZ2Decompressor() if self.suffix == ".bz2" else lzma.LZMADecompressor()
+    def __init__(self, raw: BinaryIO, stop: int) -> None:
+        self.raw, self.stop = raw, stop
 
     def readable(self) -> bool:
         return True
 
     def readinto(self, buffer: Any) -> int:
-        content = b""
-        while not content:
-            if self.decompressor.eof:
-                compressed = self.decompressor.unused_data
-                while compressed is not None and not (
-                    compressed := compressed.lstrip(b"\0")
-                ):  # xz may be padded
-                    if not (compressed := self._read()):
-                        return 0
-                self.decompressor = self._new()
-            else:
-                compressed = self._read() if self.decompressor.needs_input else b""
-                if not compressed and self.decompressor.needs_input:
-                    raise EOFError("the file ends within a compressed stream")
-            content = self.decompressor.decompress(compressed, len(buffer))
-        buffer[: len(content)] = content
-        return len(content)
-
-    def _read(self) -> bytes:
-        left = READ_BYTES if self.stop is None else min(READ_BYTES, self.stop - self.raw.tell())
-        return self.raw.read(left)
+        chunk = self.raw.read(min(len(buffer), self.stop - self.raw.tell()))
+        buffer[: len(chunk)] = chunk
+        return len(chunk)
 
 
-def find(file: BinaryIO, pattern: bytes, position: int) -> int | None:
-    """Where ``pattern`` next stands in the file, at ``position`` or behind it.
+class _Streams(io.RawIOBase):
+    """What consecutive bz2 or xz streams hold.
 
-    Read, not mapped: a file that shrinks meanwhile must end in a message, not in SIGBUS.
+    ``BZ2File`` and ``LZMAFile`` take whatever is no stream, once one has ended, for the end of the file: a
+    damaged stream in the middle would go unnoticed, with all that follow it.
     """
-    file.seek(position)
-    window = b""
-    while chunk := file.read(READ_BYTES):
-        window += chunk
-        if (found := window.find(pattern)) >= 0:
-            return file.tell() - len(window) + found
-        window = window[-(len(pattern) - 1) :]
-    return None
+
+    def __init__(self, raw: BinaryIO, suffix: str) -> None:
+        self.raw = raw
+        self.new: Callable[[], Any] = bz2.BZ2Decompressor if suffix == ".bz2" else lzma.LZMADecompressor
+        self.decompressor = self.new()
+
+    def readable(self) -> bool:
+        return True
+
+    def readinto(self, buffer: Any) -> int:
+        decompressed = b""
+        while not decompressed:
+            if self.decompressor.eof:
+                compressed = self.decompressor.unused_data.lstrip(b"\0")  # xz files may be padded
+                while not compressed:
+                    if not (chunk := self.raw.read(READ_BYTES)):
+                        return 0
+                    compressed = chunk.lstrip(b"\0")
+                self.decompressor = self.new()
+            elif self.decompressor.needs_input:
+                if not (compressed := self.raw.read(READ_BYTES)):
+                    raise EOFError("it ends within a compressed stream")
+            else:
+                compressed = b""
+            decompressed = self.decompressor.decompress(compressed, len(buffer))
+        buffer[: len(decompressed)] = decompressed
+        return len(decompressed)
+
+
+def utf8(line: bytes, place: str) -> str:
+    """Raises: CorpusError naming the place for anything else."""
+    try:
+        return line.decode()
+    except UnicodeDecodeError as error:
+        raise CorpusError(
+            f"{place} is not UTF-8: {error.reason} at its byte {error.start}; convert it first"
+        ) from error
+
+
+def json_record(line: bytes, place: str) -> dict[str, Any]:
+    """Raises: CorpusError naming the place for anything but a JSON object."""
+    try:
+        record = json.loads(utf8(line, place))
+    except json.JSONDecodeError as error:
+        raise CorpusError(f"{place} is not JSON: {error}; one JSON object is expected") from error
+    if not isinstance(record, dict):
+        raise CorpusError(f"{place} is a JSON {type(record).__name__}; one JSON object is expected")
+    return record
 
 
 def record_fields(record: dict[str, Any], source: SourceConfig, place: str, default_id: str) -> Document:

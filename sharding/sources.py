@@ -1,8 +1,9 @@
 """Sources of text: what lies where, cut into parts that processes read independently, in a fixed order."""
 
+import codecs
 import glob
-import json
 import lzma
+import tarfile
 import zlib
 from collections.abc import Iterator
 from pathlib import Path
@@ -12,16 +13,18 @@ from xml.etree.ElementTree import ParseError
 from mwxml.errors import MalformedXML
 
 from configs.corpus_schema import SourceConfig, SourceKind
-from sharding import dumps, hub
+from sharding import dumps, hub, tars
 from sharding.documents import (
     COMPRESSIONS,
     Document,
     Part,
-    decompressed,
+    content,
+    cut,
     file_parts,
+    json_record,
     open_file,
     record_fields,
-    whole_file,
+    utf8,
 )
 from sharding.manifest import CorpusError
 
@@ -34,10 +37,15 @@ SUFFIXES = {
 """What a folder is searched for, each also compressed. A single file or a glob may be named freely."""
 
 PART_BYTES = 32 << 20
-"""About so many bytes of uncompressed text are a part."""
+"""About so many bytes of text are a part."""
+DUMP_PART_BYTES = 8 << 20
+"""And so many of a compressed dump."""
+WHOLE_FILE_SHARE = 64
+"""A file that cannot be cut is a part like others up to this fraction of its source: processes read one each
+of the many files of such a source."""
 
-DAMAGE = (EOFError, OSError, zlib.error, lzma.LZMAError, ParseError, MalformedXML)
-"""What decompressors and the XML parser raise for a file that is cut or overwritten."""
+DAMAGE = (EOFError, OSError, zlib.error, lzma.LZMAError, ParseError, MalformedXML, tarfile.TarError)
+"""What decompressors and parsers raise for a file that is cut or overwritten."""
 
 
 def source_files(source: SourceConfig) -> list[Path]:
@@ -63,7 +71,7 @@ def source_files(source: SourceConfig) -> list[Path]:
                 f"source.path={path} holds no {source.kind.value} files ({', '.join(suffixes)})"
             )
         return sorted(files)
-    files = [Path(name) for name in glob.glob(str(path))] or [path]
+    files = [Path(name) for name in glob.glob(str(path)) if not dumps.is_index(Path(name))] or [path]
     if missing := [str(file) for file in files if not file.is_file()]:
         raise CorpusError(
             f"source.path={missing[0]} does not exist; give a file, a folder or a glob ({source.kind.value})"
@@ -79,14 +87,35 @@ def parts(source: SourceConfig, part_bytes: int | None = None) -> list[Part]:
     """
     if source.kind is SourceKind.datasets:
         return hub.parts(source)
+    files = source_files(source)
+    source_bytes = sum(file.stat().st_size for file in files)
     found = []
-    for number, path in enumerate(source_files(source)):
-        found += _parts_of_file(source, number, path, part_bytes)
+    for number, path in enumerate(files):
+        compressed_dump = source.kind is SourceKind.mediawiki and path.suffix == ".bz2"
+        size = part_bytes or (DUMP_PART_BYTES if compressed_dump else PART_BYTES)
+        found += file_parts(
+            number, path, _starts(source, path, size), most_bytes=max(size, source_bytes // WHOLE_FILE_SHARE)
+        )
     return found
 
 
-def _parts_of_file(source: SourceConfig, number: int, path: Path, part_bytes: int | None) -> list[Part]:
-    return [whole_file(number, path, sequential=path.suffix in COMPRESSIONS)]
+def _starts(source: SourceConfig, path: Path, part_bytes: int) -> list[int]:
+    """Where the parts of a file begin."""
+    if source.kind is SourceKind.mediawiki:
+        return dumps.page_starts(path, part_bytes)
+    if source.kind is SourceKind.webdataset or path.suffix in COMPRESSIONS:
+        return [0]
+    by_line = source.kind is SourceKind.jsonl or source.one_per_line
+    with open_file(path) as raw:
+
+        def next_start(position: int) -> int:
+            raw.seek(position - 1)
+            line = raw.readline()  # the rest of one
+            while not by_line and (line := raw.readline()) and not line.isspace():
+                pass
+            return raw.tell()
+
+        return cut(path.stat().st_size, part_bytes, next_start)
 
 
 def documents(source: SourceConfig, part: Part) -> Iterator[Document]:
@@ -99,7 +128,12 @@ def documents(source: SourceConfig, part: Part) -> Iterator[Document]:
 
 
 def _from_file(source: SourceConfig, part: Part) -> Iterator[Document]:
-    readers = {SourceKind.mediawiki: dumps.pages, SourceKind.jsonl: _json_lines, SourceKind.text: _texts}
+    readers = {
+        SourceKind.mediawiki: dumps.pages,
+        SourceKind.jsonl: _json_lines,
+        SourceKind.text: _texts,
+        SourceKind.webdataset: tars.samples,
+    }
     read = 0
     with open_file(part.source) as raw:
         try:
@@ -112,39 +146,26 @@ def _from_file(source: SourceConfig, part: Part) -> Iterator[Document]:
             ) from error
         except DAMAGE as error:
             raise CorpusError(
-                f"source.path: {part.source} is truncated or damaged: {error} (after {read} documents, at "
-                f"byte {raw.tell():,} of {Path(part.source).stat().st_size:,}); fetch it again and compare its "
-                "checksum with the publisher's"
+                f"source.path: {part.source} is truncated or damaged: {error} (after {read} documents from "
+                f"byte {part.start:,} on, at byte {raw.tell():,} of {Path(part.source).stat().st_size:,}); "
+                "fetch it again and compare its checksum with the publisher's"
             ) from error
 
 
-def _lines(part: Part, raw: BinaryIO) -> Iterator[tuple[int, bytes]]:
-    """The lines of a part, each with its offset in the uncompressed file."""
-    path = Path(part.source)
+def _lines(part: Part, raw: BinaryIO) -> Iterator[tuple[str, int, bytes]]:
+    """The lines of a part: a name for messages, the byte of the uncompressed file where it begins, itself."""
     raw.seek(part.start)
     offset = part.start
-    for line in decompressed(raw, path.suffix):
-        if offset == part.stop:
-            return
-        yield offset, line
+    for number, line in enumerate(content(raw, Path(part.source).suffix, part.stop), start=1):
+        yield f"{part.source}:{number}" if part.start == 0 else f"{part.source} byte {offset}", offset, line
         offset += len(line)
 
 
 def _json_lines(source: SourceConfig, part: Part, raw: BinaryIO) -> Iterator[Document]:
     name = Path(part.source).name
-    for number, (offset, line) in enumerate(_lines(part, raw), start=1):
-        if line.isspace():
-            continue
-        place = f"{part.source}:{number}" if part.start == 0 else f"{part.source} (byte {offset})"
-        try:
-            record = json.loads(line)
-        except json.JSONDecodeError as error:
-            raise CorpusError(f"{place} is not JSON: {error}; every line must be one JSON object") from error
-        if not isinstance(record, dict):
-            raise CorpusError(
-                f"{place} is a JSON {type(record).__name__}; every line must be one JSON object"
-            )
-        yield record_fields(record, source, place, default_id=f"{name}@{offset}")
+    for place, offset, line in _lines(part, raw):
+        if not line.isspace():
+            yield record_fields(json_record(line, place), source, place, default_id=f"{name}@{offset}")
 
 
 def _texts(source: SourceConfig, part: Part, raw: BinaryIO) -> Iterator[Document]:
@@ -152,8 +173,8 @@ def _texts(source: SourceConfig, part: Part, raw: BinaryIO) -> Iterator[Document
     name = Path(part.source).name
     lines: list[str] = []
     first = 0
-    for offset, line in _lines(part, raw):
-        text = line.decode("utf-8-sig" if offset == 0 else "utf-8")
+    for place, offset, line in _lines(part, raw):
+        text = utf8(line.removeprefix(codecs.BOM_UTF8) if offset == 0 else line, place)
         if lines and (source.one_per_line or not text.strip()):
             yield Document(f"{name}@{first}", "".join(lines))
             lines = []

@@ -14,7 +14,7 @@ ROOMS = ["configs", "sharding", "trainer", "launcher"]  # each may import itself
 HOMES = {
     "deepspeed": {"trainer/engine.py"},
     "mlflow": {"trainer/tracking.py"},
-    "webdataset": {"sharding/shards.py"},
+    "webdataset": {"sharding/shards.py", "sharding/tars.py"},
     "omegaconf": {"configs/schema.py", "configs/corpus_schema.py", "configs/load.py"},
 }
 

@@ -178,7 +178,7 @@ def test_files_are_read_in_sorted_order(tmp_path: Path) -> None:
 
 def test_text_that_is_not_utf8(tmp_path: Path) -> None:
     (tmp_path / "t.txt").write_bytes("Zwölf".encode("latin-1"))
-    with pytest.raises(CorpusError, match="t.txt is not UTF-8"):
+    with pytest.raises(CorpusError, match="t.txt:1 is not UTF-8: .* at its byte 2"):
         read(SourceKind.text, tmp_path / "t.txt")
 
 
