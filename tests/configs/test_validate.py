@@ -5,7 +5,7 @@ import copy
 import pytest
 
 from configs.corpus_schema import CorpusConfig, SourceConfig, SourceKind
-from configs.schema import RunConfig, StudentConfig, TeacherConfig
+from configs.schema import MixtureConfig, RunConfig, StudentConfig, TeacherConfig
 from configs.validate import check_batch, check_corpus, check_run
 
 
@@ -65,6 +65,10 @@ RULES = [
     ("data.group_blocks", 0, "data.group_blocks=0 must be at least 1"),
     ("data.workers", -1, "data.workers=-1 must be at least 0"),
     ("data.prefetch_steps", 0, "data.prefetch_steps=0 must be at least 1"),
+    ("data.prefetch_blocks", -1, "data.prefetch_blocks=-1 must be at least 0"),
+    ("data.cache.max_bytes", -1, "data.cache.max_bytes=-1 must be at least 0"),
+    ("data.corpus", None, "data.corpus=None and data.mixture with 0 corpora: set one of the two"),
+    ("data.mixture", [MixtureConfig("a")], "data.corpus=corpus and data.mixture with 1 corpora: set one of"),
     ("evaluation.every_steps", 0, "evaluation.every_steps=0 must be at least 1"),
     ("evaluation.rows", 0, "evaluation.rows=0 must be at least 1"),
     ("checkpoint.every_steps", 0, "checkpoint.every_steps=0 must be at least 1"),
@@ -111,6 +115,17 @@ def test_a_broken_rule_is_said_once(key, value, said):
     assign(config, key, value)
     found = check_run(config)
     assert len(found) == 1 and said in found[0], found
+
+
+def test_the_corpora_of_a_mixture():
+    config = run_with(data__corpus=None)
+    config.data.mixture = [MixtureConfig("a", weight=2.0), MixtureConfig("b", weight=1.0, name="b")]
+    assert check_run(config) == []
+    config.data.mixture += [MixtureConfig("c"), MixtureConfig("d", "d/e", weight=0.0)]
+    first, second, third = check_run(config)
+    assert "data.mixture: 3 of 4 corpora have a weight; set all of them, or none" in first
+    assert "data.mixture.3.weight=0.0 must be above 0" in second
+    assert "data.mixture.3.name='d/e' must be letters" in third
 
 
 @pytest.mark.parametrize("epochs", [0.0, -1.0, float("nan")])
@@ -202,6 +217,8 @@ CORPUS_RULES = [
         1000,
         "max_shard_bytes=1000 cannot hold one block (1024 rows of up to 516 bytes); raise it",
     ),
+    ("near_threshold", 1.0, "near_threshold=1.0 must be above 0 and below 1"),
+    ("shuffle_seed", -1, "shuffle_seed=-1 must be at least 0 and below 2**64, or null"),
     ("source.subset", "20231101.en", "source.subset='20231101.en' goes with source.kind=datasets only"),
 ]
 
