@@ -1,11 +1,13 @@
-"""Build, verify and describe a corpus.
+"""Build, verify, describe and read a corpus.
 
     python launcher/corpus.py build [--config corpus.yaml] [key=value ...]
     python launcher/corpus.py verify FOLDER
-    python launcher/corpus.py stat FOLDER [--json]
+    python launcher/corpus.py stat FOLDER [--json] [--figure lengths.png]
+    python launcher/corpus.py peek FOLDER [--split heldout] [--position P --seed S | --stored N] [--rows 5]
+    python launcher/corpus.py simulate FOLDER --ranks 8,3,5 [--global-batch-rows 240] [--epochs 2]
 
-Keys are those of ``configs.corpus_schema``. Exit codes: 0 done, 1 ``verify`` found damage, 2 a mistake in what
-was asked (configuration, input, disk), told in a short message.
+FOLDER may be a URL. Keys: ``configs.corpus_schema``. Exit codes: 0 done, 1 ``verify`` found damage or
+``simulate`` a broken property, 2 a mistake in what was asked (configuration, input, disk), told in short.
 """
 
 import argparse
@@ -19,48 +21,87 @@ if __package__ in (None, ""):  # run as a script, Python puts launcher/ on the p
 
 from configs.corpus_schema import CorpusConfig  # noqa: E402
 from configs.load import ConfigError, load_config  # noqa: E402
+from configs.schema import DataConfig, TrainConfig  # noqa: E402
 from sharding.manifest import CorpusError, open_corpus, read_manifest  # noqa: E402
+
+# Worker processes (of a build, of verify) import this file again and do without torch, transformers and the
+# like: what brings those in is imported by the commands that need it.
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run one command and return its exit code."""
-    parser = argparse.ArgumentParser(
-        prog="corpus.py", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    commands = parser.add_subparsers(dest="command", required=True)
-    build = commands.add_parser("build", help="build a corpus from text")
-    build.add_argument("--config", type=Path, help="YAML file with keys of CorpusConfig")
-    build.add_argument(
-        "overrides", nargs="*", metavar="key=value", help="such as output=corpora/wiki seq_len=128"
-    )
-    verify = commands.add_parser("verify", help="read every byte and report all damage")
-    verify.add_argument("folder", type=Path)
-    stat = commands.add_parser("stat", help="count documents, rows and tokens")
-    stat.add_argument("folder", type=Path)
-    stat.add_argument("--json", action="store_true", help="print JSON")
-    options = parser.parse_args(arguments)
+    options = _parser().parse_args(arguments)
     try:
-        if options.command == "build":
-            return _build(options.config, options.overrides)
-        if options.command == "verify":
-            return _verify(options.folder)
-        return _stat(options.folder, options.json)
+        return options.run(options)
     except (ConfigError, CorpusError) as error:
         print(f"corpus.py: error: {error}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
-        print("corpus.py: interrupted; nothing is left of the build", file=sys.stderr)
+        print(f"corpus.py: interrupted{options.when_interrupted}", file=sys.stderr)
         return 130
 
 
-# The worker processes of a build import this file again and do without torch and transformers: what brings
-# those in is imported by the commands that need it.
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="corpus.py", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.set_defaults(when_interrupted="")
+    commands = parser.add_subparsers(dest="command", required=True)
+
+    build = commands.add_parser("build", help="build a corpus from text")
+    build.set_defaults(run=_build, when_interrupted="; nothing is left of the build")
+    build.add_argument("--config", type=Path, help="YAML file with keys of CorpusConfig")
+    build.add_argument(
+        "overrides", nargs="*", metavar="key=value", help="such as output=corpora/wiki seq_len=128"
+    )
+
+    verify = commands.add_parser("verify", help="read every byte and report all damage")
+    verify.set_defaults(run=_verify)
+
+    stat = commands.add_parser("stat", help="count documents, rows and tokens")
+    stat.set_defaults(run=_stat)
+    stat.add_argument("--json", action="store_true", help="print JSON")
+    stat.add_argument("--figure", type=Path, help="draw the row lengths: .png, .svg or .pdf")
+
+    peek = commands.add_parser("peek", help="show rows as text")
+    peek.set_defaults(run=_peek)
+    peek.add_argument("--rows", type=_positive, default=5, help="how many")
+    place = peek.add_mutually_exclusive_group()
+    place.add_argument("--position", type=int, default=0, help="of the run: rows before the first one shown")
+    place.add_argument(
+        "--stored", type=int, help="in the corpus: rows of the split before the first one shown"
+    )
+    peek.add_argument("--tokenizer", help="folder or hub name; the one that the manifest names if not given")
+
+    simulate = commands.add_parser("simulate", help="prove the order's properties on the corpus's blocks")
+    simulate.set_defaults(run=_simulate)
+    simulate.add_argument("--ranks", type=_ranks, required=True, help="numbers of ranks, in turn: 8,3,5")
+    simulate.add_argument("--global-batch-rows", type=_positive, default=240)
+    simulate.add_argument("--epochs", type=_positive, default=2)
+
+    for command in (verify, stat, peek, simulate):
+        command.add_argument("folder", help="of the corpus, or its URL")
+    for command in (peek, simulate):
+        command.add_argument("--split", default="train", help="train or heldout")
+        command.add_argument("--seed", type=int, default=TrainConfig.seed, help="of the run")
+        command.add_argument("--group-blocks", type=int, default=DataConfig.group_blocks)
+    return parser
 
 
-def _build(path: Path | None, overrides: Sequence[str]) -> int:
+def _positive(text: str) -> int:
+    if (number := int(text)) < 1:
+        raise argparse.ArgumentTypeError(f"{text} is less than 1")
+    return number
+
+
+def _ranks(text: str) -> list[int]:
+    return [_positive(part) for part in text.split(",")]
+
+
+def _build(options: argparse.Namespace) -> int:
     from sharding.build import build
 
-    config = load_config(CorpusConfig, path, overrides)
+    config = load_config(CorpusConfig, options.config, options.overrides)
     manifest = build(config, progress=True)
     for name, split in manifest.splits.items():
         print(f"{name}: {split.documents:,} documents, {split.rows:,} rows, {split.tokens:,} tokens")
@@ -68,49 +109,77 @@ def _build(path: Path | None, overrides: Sequence[str]) -> int:
     return 0
 
 
-def _verify(folder: Path) -> int:
+def _verify(options: argparse.Namespace) -> int:
     from sharding.verify import verify
 
-    corpus = read_manifest(folder)
+    corpus = read_manifest(options.folder)
     problems = verify(corpus, progress=True)
     for problem in problems:
         print(problem)
     if problems:
         print(f"{len(problems)} problems; copy the damaged shards again, or build the corpus again")
         return 1
-    print(f"corpus {folder} is whole, fingerprint {corpus.fingerprint}")
+    print(f"corpus {options.folder} is whole, fingerprint {corpus.fingerprint}")
     return 0
 
 
-def _stat(folder: Path, as_json: bool) -> int:
-    from rich.console import Console
-    from rich.table import Table
+def _stat(options: argparse.Namespace) -> int:
+    from launcher.corpus_views import show_statistics
+    from sharding.statistics import count_lengths, draw_lengths, require_figure_suffix, statistics
 
-    from sharding.verify import statistics
-
-    counts = statistics(open_corpus(folder))
-    if as_json:
+    if options.figure:
+        require_figure_suffix(options.figure)  # before all is read
+    corpus = open_corpus(options.folder)
+    lengths = count_lengths(corpus)
+    counts = statistics(corpus, lengths)
+    if options.json:
         print(json.dumps(counts, indent=2))
-        return 0
-    console = Console()
-    splits = counts.pop("splits")
-    for key, value in counts.items():
-        if value is not None:
-            console.print(f"{key:>17}  {value}", highlight=False, soft_wrap=True)
-    table = Table()
-    table.add_column("")
-    for name in splits:
-        table.add_column(name, justify="right")
-    for key in ("documents", "rows", "tokens", "bytes", "shards", "blocks"):
-        table.add_row(key, *(f"{split[key]:,}" for split in splits.values()))
-    table.add_row(
-        "padding", *(f"{split['padding_share']:.2%}" for split in splits.values()), end_section=True
-    )
-    for bucket in next(iter(splits.values()))["rows_by_length"]:
-        shares = [split["rows_by_length"][bucket] / split["rows"] for split in splits.values()]
-        table.add_row(f"rows of {bucket} tokens", *(f"{share:.1%}" for share in shares))
-    console.print(table)
+    else:
+        show_statistics(counts)
+    if options.figure:
+        draw_lengths(corpus, lengths, options.figure)
+        print(f"figure {options.figure}", file=sys.stderr)
     return 0
+
+
+def _peek(options: argparse.Namespace) -> int:
+    from launcher.corpus_views import show_rows
+    from sharding.peek import corpus_tokenizer, peek_order, peek_stored
+
+    corpus = read_manifest(options.folder)
+    tokenizer = corpus_tokenizer(corpus, options.tokenizer)
+    if options.stored is not None:
+        rows = peek_stored(corpus, options.split, tokenizer, first=options.stored, rows=options.rows)
+    else:
+        rows = peek_order(
+            corpus,
+            options.split,
+            tokenizer,
+            position=options.position,
+            rows=options.rows,
+            seed=options.seed,
+            group_blocks=options.group_blocks,
+        )
+    show_rows(rows, tokenizer.all_special_tokens)
+    return 0
+
+
+def _simulate(options: argparse.Namespace) -> int:
+    from launcher.corpus_views import show_simulation
+    from sharding.simulate import simulate
+
+    corpus = read_manifest(options.folder)
+    found = simulate(
+        [block.rows for shard in corpus.split(options.split).shards for block in shard.blocks],
+        ranks=options.ranks,
+        global_batch_rows=options.global_batch_rows,
+        epochs=options.epochs,
+        seed=options.seed,
+        group_blocks=options.group_blocks,
+        progress=True,
+    )
+    show_simulation(found, options.epochs)
+    return 0 if all(found.properties().values()) else 1
 
 
 if __name__ == "__main__":

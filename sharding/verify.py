@@ -1,145 +1,174 @@
-"""Looking at a whole corpus: ``verify`` finds every damage, ``statistics`` counts."""
+"""``verify``: every byte of a corpus against its manifest, every row against the rules of rows."""
 
+import errno
 import hashlib
-from pathlib import Path
-from typing import Any
+import os
+import signal
+import tarfile
+import threading
+from collections.abc import Iterator, Sequence
+from concurrent.futures import ProcessPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
+from functools import partial
+from multiprocessing import get_context, parent_process
 
 import numpy as np
 from tqdm import tqdm
 
-from sharding.blocks import Rows, read_block, read_lengths
-from sharding.manifest import Corpus, CorpusError, Manifest, Shard, size_problems
-from sharding.shards import TAR_END_BYTES
+from sharding.blocks import Rows, parse_block
+from sharding.manifest import Block, Corpus, CorpusError, Shard, TokenizerInfo, size_problems
+from sharding.store import Store
 from sharding.tokens import id_dtype
 
-HISTOGRAM_BINS = 8
+TAR_END_BYTES = 2 * tarfile.BLOCKSIZE
+BYTES_PER_WORKER = 2**29  # a process takes about a second to start, in which another reads this much
 
 
-def verify(corpus: Corpus, *, progress: bool = False) -> list[str]:
-    """Read every byte of a corpus and return all that is wrong with it; empty when it is what was built.
+def verify(corpus: Corpus, *, progress: bool = False, workers: int | None = None) -> list[str]:
+    """Read every byte of a corpus once and return all that is wrong with it; empty when it is what was built.
 
-    Checked are sizes, SHA-256 and end of every shard, the CRC-32 of every member, and for every row the range
-    of its ids, its length, its special tokens and its padding.
+    Checked are size and SHA-256 of every shard, name, place and size of every member in its tar header, the
+    zeros that end the archive, the CRC-32 of every member, and of every row the range of its ids, its length,
+    its special tokens and its padding; then the manifest's sums. The problems stand in the manifest's order.
+
+    Args:
+        progress: show a bar of bytes on stderr.
+        workers: processes, each with one shard in memory; None: one per core if there is work for them.
     """
     shards = [shard for split in corpus.manifest.splits.values() for shard in split.shards]
+    total_bytes = sum(shard.bytes for shard in shards)
+    if workers is None:
+        workers = min(len(os.sched_getaffinity(0)), 1 + total_bytes // BYTES_PER_WORKER)
     problems = size_problems(corpus)
     with tqdm(
-        total=sum(shard.bytes for shard in shards),
-        desc="verify",
-        unit="B",
-        unit_scale=True,
-        disable=None if progress else True,
+        total=total_bytes, desc="verify", unit="B", unit_scale=True, disable=None if progress else True
     ) as bar:
-        for shard in shards:
-            problems += _shard_problems(corpus, shard)
+        for shard, found in zip(shards, _check(corpus, shards, workers), strict=True):
+            problems += found
             bar.update(shard.bytes)
     for name, split in corpus.manifest.splits.items():
-        counted = [(block.rows, block.tokens) for shard in split.shards for block in shard.blocks]
-        if (split.rows, split.tokens) != tuple(sum(column) for column in zip(*counted, strict=True)):
+        blocks = [block for shard in split.shards for block in shard.blocks]
+        counted = (sum(block.rows for block in blocks), sum(block.tokens for block in blocks))
+        if (split.rows, split.tokens) != counted:
             problems.append(f"split {name}: the manifest's rows and tokens are not the sums of its blocks'")
     return problems
 
 
-def _shard_problems(corpus: Corpus, shard: Shard) -> list[str]:
-    path = Path(corpus.store.location) / shard.path
-    problems: list[str] = []
-    if not path.is_file():
-        return problems
-    digest, tail = _digest_and_tail(path)
+def _check(corpus: Corpus, shards: Sequence[Shard], workers: int) -> Iterator[list[str]]:
+    """The problems of each shard, in order."""
+    # Not the corpus: it would travel to the workers, all its blocks, with every shard.
+    check = partial(_shard_problems, corpus.store, corpus.manifest.tokenizer, corpus.manifest.seq_len)
+    if workers == 1:
+        yield from map(check, shards)
+        return
+    # Processes: the many small steps of a block keep threads waiting for each other (1.1x with two). Spawned:
+    # what a remote store runs in threads does not survive a fork.
+    with ProcessPoolExecutor(workers, get_context("spawn"), _start_worker) as pool:
+        try:
+            yield from pool.map(check, shards)
+        except BrokenProcessPool as error:
+            raise CorpusError(
+                f"a worker process was killed, most often because memory ran out: each of {workers} holds a "
+                "shard; verify on a machine with more memory, or on fewer cores (`taskset`)"
+            ) from error
+
+
+def _start_worker() -> None:
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the parent's, which ends its workers
+    threading.Thread(target=_end_with_parent, daemon=True).start()
+
+
+def _end_with_parent() -> None:
+    """A worker of a parent that was killed would wait for work for ever."""
+    parent = parent_process()
+    assert parent is not None
+    parent.join()
+    os._exit(1)
+
+
+def _shard_problems(store: Store, tokenizer: TokenizerInfo, seq_len: int, shard: Shard) -> list[str]:
+    """What is wrong with the contents of one shard, which is read whole."""
+    path = f"{store.location}/{shard.path}"
+    try:
+        content = store.read(shard.path, 0, shard.bytes)
+    except OSError as error:
+        # A missing shard has been named together with the sizes.
+        return [] if error.errno == errno.ENOENT else [f"{path} cannot be read: {error}"]
+    problems = []
+    digest = hashlib.sha256(content).hexdigest()
     if digest != shard.sha256:
         problems.append(f"{path}: SHA-256 {digest}, the manifest says {shard.sha256}")
-    if tail.strip(b"\0") or len(tail) < TAR_END_BYTES:
-        problems.append(f"{path}: does not end with the {TAR_END_BYTES} zero bytes that close a tar archive")
+    problems += [f"{path}: {problem}" for problem in _archive_problems(shard, content)]
     for block in shard.blocks:
         try:
-            rows = read_block(corpus.store, shard, block)
+            end = block.seg.offset + block.seg.bytes
+            rows = parse_block(store, shard, block, content[block.ids.offset : end])
         except CorpusError as error:
             problems.append(str(error))
             continue
-        wrong = _row_problems(corpus.manifest, rows, block.rows, block.tokens)
+        wrong = _row_problems(tokenizer, seq_len, rows, block)
         problems += [f"{path}: block {block.name}: {problem}" for problem in wrong]
     return problems
 
 
-def _digest_and_tail(path: Path) -> tuple[str, bytes]:
-    digest, tail = hashlib.sha256(), b""
-    with open(path, "rb") as file:
-        while chunk := file.read(1 << 20):
-            digest.update(chunk)
-            tail = (tail + chunk)[-TAR_END_BYTES:]
-    return digest.hexdigest(), tail
+def _archive_problems(shard: Shard, content: bytes) -> Iterator[str]:
+    """Where the tar archive is not exactly the members that the manifest lists, one after the other."""
+    position = 0
+    for block in shard.blocks:
+        for kind, member in (("ids", block.ids), ("len", block.len), ("seg", block.seg)):
+            name = f"{block.name}.{kind}.npy"
+            if member.offset != position + tarfile.BLOCKSIZE:
+                yield f"member {name}: data at offset {position + tarfile.BLOCKSIZE}, not {member.offset}"
+            try:
+                header = content[member.offset - tarfile.BLOCKSIZE : member.offset]
+                info = tarfile.TarInfo.frombuf(header, "utf-8", "strict")
+                if not info.isreg() or (info.name, info.size) != (name, member.bytes):
+                    yield f"member {name} ({member.bytes} bytes): its header says {info.name}, {info.size}"
+            except (tarfile.HeaderError, UnicodeDecodeError) as error:
+                yield f"member {name} at offset {member.offset} has no tar header: {error}"
+            position = -(-(member.offset + member.bytes) // tarfile.BLOCKSIZE) * tarfile.BLOCKSIZE
+    tail = content[position:]
+    if len(tail) < TAR_END_BYTES or any(tail):
+        yield f"does not end with the {TAR_END_BYTES} zero bytes that close a tar archive"
 
 
-def _row_problems(manifest: Manifest, rows: Rows, row_count: int, tokens: int) -> list[str]:
+def _row_problems(tokenizer: TokenizerInfo, seq_len: int, rows: Rows, block: Block) -> list[str]:
     """What is wrong with rows whose checksums are right: they were built wrong, or the manifest was."""
     ids, lengths, segments = rows
-    tokenizer, seq_len = manifest.tokenizer, manifest.seq_len
     if (
-        ids.shape != (row_count, seq_len)
-        or lengths.shape != (row_count,)
-        or segments.shape != (row_count,)
+        block.rows < 1
+        or ids.shape != (block.rows, seq_len)
+        or lengths.shape != (block.rows,)
+        or segments.shape != (block.rows,)
         or ids.dtype != id_dtype(tokenizer.vocab_size)
     ):
         return [
-            f"arrays of {ids.shape}, {lengths.shape}, {segments.shape}, not {row_count} rows of {seq_len}"
+            f"arrays of {ids.shape}, {lengths.shape}, {segments.shape} of {ids.dtype}, not {block.rows} rows "
+            f"of {seq_len} of {id_dtype(tokenizer.vocab_size)}"
         ]
     lengths, segments = lengths.astype(np.int64), segments.astype(np.int64)
     if lengths.min() < 3 or lengths.max() > seq_len:
         return [f"row lengths from {lengths.min()} to {lengths.max()}, outside 3 .. {seq_len}"]
-    row = np.arange(row_count)
+    row = np.arange(block.rows)
     second = segments < lengths
+    # Before anything that makes an array of all ids: nearly all rows are right, and these are cheap.
+    padded = np.flatnonzero(lengths < seq_len)
+    padding_broken = np.zeros(block.rows, dtype=bool)
+    padding_broken[padded] = (
+        (ids[padded] != tokenizer.pad_id) & (np.arange(seq_len) >= lengths[padded, None])
+    ).any(axis=1)
     rules = {
-        f"ids at or above the vocabulary's size {tokenizer.vocab_size}": (ids >= tokenizer.vocab_size).any(
-            axis=1
+        f"ids at or above the vocabulary's size {tokenizer.vocab_size}": (
+            ids.max(axis=1) >= tokenizer.vocab_size
         ),
         "no [CLS] at the start": ids[:, 0] != tokenizer.cls_id,
         "no [SEP] at the end": ids[row, lengths - 1] != tokenizer.sep_id,
-        "padding that is not the pad id": (
-            (ids != tokenizer.pad_id) & (np.arange(seq_len) >= lengths[:, None])
-        ).any(axis=1),
+        "padding that is not the pad id": padding_broken,
         "a segment B that begins outside the row": (segments < 3) | (segments > lengths),
         "a segment B that no [SEP] precedes": second
         & (ids[row, np.clip(segments - 1, 0, None)] != tokenizer.sep_id),
     }
     problems = [f"{int(broken.sum())} rows have {rule}" for rule, broken in rules.items() if broken.any()]
-    if int(lengths.sum()) != tokens:
-        problems.append(f"{int(lengths.sum())} tokens, the manifest says {tokens}")
+    if int(lengths.sum()) != block.tokens:
+        problems.append(f"{int(lengths.sum())} tokens, the manifest says {block.tokens}")
     return problems
-
-
-def statistics(corpus: Corpus) -> dict[str, Any]:
-    """Counts of a corpus, ready for JSON. Of the shards it reads the row lengths only."""
-    manifest = corpus.manifest
-    edges = np.linspace(0, manifest.seq_len, HISTOGRAM_BINS + 1).round().astype(int)
-    splits = {}
-    for name, split in manifest.splits.items():
-        histogram = np.zeros(HISTOGRAM_BINS, dtype=np.int64)
-        for shard in split.shards:
-            for block in shard.blocks:
-                lengths = read_lengths(corpus.store, shard, block)
-                # Bins are (edge, next edge], so that full rows share the last bin with the nearly full.
-                histogram += np.bincount(np.searchsorted(edges, lengths) - 1, minlength=HISTOGRAM_BINS)
-        splits[name] = {
-            "documents": split.documents,
-            "rows": split.rows,
-            "tokens": split.tokens,
-            "padding_share": 1 - split.tokens / (split.rows * manifest.seq_len),
-            "bytes": sum(shard.bytes for shard in split.shards),
-            "shards": len(split.shards),
-            "blocks": sum(len(shard.blocks) for shard in split.shards),
-            "rows_by_length": {
-                f"{low + 1}-{high}": int(count)
-                for low, high, count in zip(edges[:-1], edges[1:], histogram, strict=True)
-            },
-        }
-    return {
-        "fingerprint": corpus.fingerprint,
-        "source": f"{manifest.source.kind}: {', '.join(manifest.source.names)}",
-        "revision": manifest.source.revision,
-        "tokenizer": manifest.tokenizer.name,
-        "tokenizer_sha256": manifest.tokenizer.sha256,
-        "vocab_size": manifest.tokenizer.vocab_size,
-        "seq_len": manifest.seq_len,
-        "packing": manifest.packing,
-        "splits": splits,
-    }

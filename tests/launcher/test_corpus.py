@@ -70,7 +70,7 @@ def test_mistakes_are_told_in_short(tmp_path: Path) -> None:
 def test_as_a_module() -> None:
     command = [sys.executable, "-m", "launcher.corpus", "--help"]
     done = subprocess.run(command, cwd=SCRIPT.parents[1], capture_output=True, text=True)
-    assert done.returncode == 0 and "build,verify,stat" in done.stdout
+    assert done.returncode == 0 and "build,verify,stat,peek,simulate" in done.stdout
 
 
 def test_verify_and_stat(tiny_corpus: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -90,6 +90,43 @@ def test_verify_and_stat(tiny_corpus: Path, tmp_path: Path, capsys: pytest.Captu
     assert main(["verify", str(folder)]) == 1
     found = capsys.readouterr().out
     assert f"member {shard.blocks[0].name}.ids.npy" in found and "2 problems" in found
+
+
+def test_a_figure_of_lengths(tiny_corpus: Path, tmp_path: Path) -> None:
+    done = run("stat", str(tiny_corpus), "--figure", "lengths.gif", cwd=tmp_path)
+    assert done.returncode == 2 and "lengths.gif: its suffix names the format" in done.stderr
+    done = run("stat", str(tiny_corpus), "--json", "--figure", "lengths.svg", cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    assert json.loads(done.stdout)["splits"]["heldout"]["documents"] == 60
+    drawn = (tmp_path / "lengths.svg").read_text()
+    assert all(
+        f"<!-- {words} -->" in drawn for words in ("rows", "tokens in the row, special tokens included")
+    )
+
+
+def test_peek(tiny_corpus: Path, tiny_tokenizer: Path, tmp_path: Path) -> None:
+    peek = ("peek", str(tiny_corpus), "--rows", "2", "--tokenizer", str(tiny_tokenizer))
+    done = run(*peek, "--position", "7", cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    places = [line for line in done.stdout.splitlines() if line.startswith("position")]
+    assert [place.split(" = ")[0] for place in places] == ["position 7", "position 8"]
+    assert done.stdout.count("A [CLS]") == 2 and done.stdout.count("B ") == done.stdout.count(
+        "segment B from"
+    )
+    done = run(*peek, "--stored", "0", "--split", "heldout", cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    block = open_corpus(tiny_corpus).split("heldout").shards[0].blocks[0].name
+    assert f"heldout/00000.tar, block {block}, row 1: 32 tokens" in done.stdout
+    done = run(*peek, "--stored", "0", "--position", "1", cwd=tmp_path)
+    assert done.returncode == 2 and "not allowed with" in done.stderr
+
+
+def test_simulate(tiny_corpus: Path, tmp_path: Path) -> None:
+    done = run("simulate", str(tiny_corpus), "--ranks", "8,3,5", cwd=tmp_path)
+    assert (done.returncode, done.stderr) == (0, "")
+    assert done.stdout.count("PROVED") == 4 and "FAILED" not in done.stdout
+    done = run("simulate", str(tiny_corpus), "--ranks", "7,3", cwd=tmp_path)
+    assert done.returncode == 2 and "nearest: 231, 252" in done.stderr
 
 
 @pytest.mark.parametrize("how", [signal.SIGINT, signal.SIGKILL])

@@ -1,19 +1,20 @@
-"""Verify finds every damage, and only damage; the statistics are counts that can be recounted."""
+"""Verify finds every damage, and only damage, in the manifest's order."""
 
 import hashlib
-import json
+import re
 import shutil
+import tarfile
 from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import pytest
 
-from sharding.manifest import Corpus, Split, open_corpus, read_manifest
+from sharding.manifest import Corpus, Shard, Split, open_corpus, read_manifest
 from sharding.packing import Rows
-from sharding.shards import ShardWriter
-from sharding.stream import sequential
-from sharding.verify import statistics, verify
+from sharding.shards import write_shard
+from sharding.store import Store
+from sharding.verify import verify
 
 
 @pytest.fixture
@@ -50,13 +51,69 @@ def test_every_damage_is_found_at_once(folder: Path) -> None:
     assert all(shard.path not in text for shard in corpus.split("heldout").shards)
 
 
-@pytest.mark.parametrize("place", ["header", "end"])
+def test_damage_in_every_shard_is_told_in_order_by_any_number_of_workers(folder: Path) -> None:
+    shards = [shard for split in open_corpus(folder).manifest.splits.values() for shard in split.shards]
+    for shard in shards:
+        flip(folder / shard.path, shard.blocks[0].ids.offset + 200)
+    problems = verify(open_corpus(folder), workers=1)
+    told = [next(shard for shard in shards if shard.path in problem) for problem in problems]
+    assert told == [shard for shard in shards for _ in ("SHA-256", "member")]
+    assert verify(open_corpus(folder), workers=2) == problems
+
+
+OUTSIDE = {
+    "a header's mode": (
+        lambda shard: 100,
+        r"00000-0000.ids.npy at offset 512 has no tar header: bad checksum",
+    ),
+    "the second header": (
+        lambda shard: shard.blocks[0].len.offset - 512,
+        "len.npy at offset .* has no tar header",
+    ),
+    "the end": (lambda shard: shard.bytes - 1, "does not end with the 1024 zero bytes"),
+    "the end's first byte": (lambda shard: end_of_members(shard), "does not end with the 1024 zero bytes"),
+}
+
+
+def end_of_members(shard: Shard) -> int:
+    last = shard.blocks[-1].seg
+    return -(-(last.offset + last.bytes) // 512) * 512
+
+
+@pytest.mark.parametrize("place", OUTSIDE)
 def test_a_flipped_byte_outside_the_members(folder: Path, place: str) -> None:
+    where, told = OUTSIDE[place]
     shard = open_corpus(folder).split("heldout").shards[0]
-    flip(folder / shard.path, 100 if place == "header" else shard.bytes - 1)
-    problems = verify(open_corpus(folder))
-    assert f"{shard.path}: SHA-256" in problems[0]
-    assert (len(problems) > 1) == (place == "end")
+    flip(folder / shard.path, where(shard))
+    checksum, archive = verify(open_corpus(folder))
+    assert f"{shard.path}: SHA-256" in checksum
+    assert re.search(f"{shard.path}: .*{told}", archive)
+
+
+def test_a_shard_of_which_the_manifest_tells_other_members(folder: Path, tmp_path: Path) -> None:
+    """All checksums are right, so that only the tar headers can tell."""
+    corpus = open_corpus(folder)
+    shard = corpus.split("heldout").shards[0]
+    content = (folder / shard.path).read_bytes()
+    with tarfile.open(folder / shard.path) as tar:
+        name = tar.getmembers()[1].name
+    at = shard.blocks[0].len.offset - 512
+    header = tarfile.TarInfo.frombuf(content[at : at + 512], "utf-8", "strict")
+    header.name = "renamed.npy"
+    content = content[:at] + header.tobuf(tarfile.USTAR_FORMAT) + content[at + 512 :]
+    (folder / shard.path).chmod(0o644)
+    (folder / shard.path).write_bytes(content)
+    told = replace(shard, sha256=hashlib.sha256(content).hexdigest())
+    splits = {"heldout": replace(corpus.split("heldout"), shards=(told,))}
+    (problem,) = verify(replace(corpus, manifest=replace(corpus.manifest, splits=splits)))
+    assert f"{shard.path}: member {name}" in problem and "its header says renamed.npy" in problem
+
+
+def test_sums_that_do_not_add_up(tiny_corpus: Path) -> None:
+    corpus = open_corpus(tiny_corpus)
+    splits = {name: replace(split, tokens=split.tokens + 1) for name, split in corpus.manifest.splits.items()}
+    problems = verify(replace(corpus, manifest=replace(corpus.manifest, splits=splits)))
+    assert [problem.split(":")[0] for problem in problems] == ["split heldout", "split train"]
 
 
 RULES = {
@@ -78,13 +135,13 @@ def test_rows_that_were_built_wrong(tiny_corpus: Path, tmp_path: Path, rule: str
     segments = lengths.copy()
 
     def corpus_of(name: str) -> Corpus:
-        writer = ShardWriter(tmp_path / name, "train", 10**6)
-        writer.write(Rows(ids, lengths, segments))
+        (tmp_path / name / "train").mkdir(parents=True)
+        shard = write_shard(tmp_path / name, "train/00000.tar", [Rows(ids, lengths, segments)])
         manifest = replace(
             open_corpus(tiny_corpus).manifest,
-            splits={"train": Split(1, 2, int(lengths.sum()), writer.close())},
+            splits={"train": Split(1, 2, int(lengths.sum()), (shard,))},
         )
-        return Corpus(tmp_path / name, manifest, manifest.fingerprint)
+        return Corpus(Store(str(tmp_path / name)), manifest, manifest.fingerprint)
 
     assert verify(corpus_of("right")) == []
     RULES[rule](ids, lengths, segments)
@@ -92,23 +149,6 @@ def test_rows_that_were_built_wrong(tiny_corpus: Path, tmp_path: Path, rule: str
         lengths[1] = 40
     with pytest.raises(AssertionError, match=rule):
         assert verify(corpus_of("wrong")) == []
-
-
-def test_statistics_are_recounted(tiny_corpus: Path) -> None:
-    corpus = open_corpus(tiny_corpus)
-    counts = statistics(corpus)
-    assert counts["fingerprint"] == corpus.fingerprint and json.dumps(counts)
-    for name, split in counts["splits"].items():
-        (batch,) = sequential(corpus, name, rows=10**6, batch_rows=10**6, rank=0, world_size=1)
-        files = list((tiny_corpus / name).iterdir())
-        assert split["rows"] == len(batch.ids_BS)
-        assert split["tokens"] == int((batch.ids_BS != 0).sum())
-        assert split["padding_share"] == pytest.approx(float((batch.ids_BS == 0).float().mean()))
-        assert split["bytes"] == sum(file.stat().st_size for file in files) and split["shards"] == len(files)
-        for bucket, rows in split["rows_by_length"].items():
-            low, high = map(int, bucket.split("-"))
-            assert rows == int(((batch.length_B >= low) & (batch.length_B <= high)).sum())
-        assert sum(split["rows_by_length"].values()) == split["rows"]
 
 
 def test_the_manifest_holds_what_sha256sum_says(tiny_corpus: Path) -> None:
