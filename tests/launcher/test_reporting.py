@@ -29,3 +29,9 @@ def test_losses_by_kind_are_means_over_layers():
         "lr": 5.0,
     }
     assert by_kind(figures, "loss/") == "embedding 1.0000 hidden 3.0000"
+    figures |= {
+        "loss/corpus/wiki/total": 7.0,
+        "loss/corpus/wiki/hidden/1": 9.0,
+        "loss/corpus/my.own/total": 8.0,
+    }
+    assert by_kind(figures, "loss/") == "embedding 1.0000 hidden 3.0000; wiki 7.0000 my.own 8.0000"
