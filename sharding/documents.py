@@ -176,9 +176,16 @@ def record_fields(record: dict[str, Any], source: SourceConfig, place: str, defa
         if field is not None and record.get(field) is None:
             known = ", ".join(sorted(record)) or "none"
             raise CorpusError(f"{place} has no {key}={field!r}; its fields are: {known}")
-    if not isinstance(record[source.text_field], str):
-        kind = type(record[source.text_field]).__name__
-        raise CorpusError(f"{place}: source.text_field={source.text_field!r} holds a {kind}, not text")
-    return Document(
-        str(record[source.id_field]) if source.id_field else default_id, record[source.text_field]
-    )
+    text = record[source.text_field]
+    if not isinstance(text, str):
+        raise CorpusError(
+            f"{place}: source.text_field={source.text_field!r} holds a {type(text).__name__}, not text"
+        )
+    try:
+        text.encode()
+    except UnicodeEncodeError as error:  # JSON can spell half of a surrogate pair, which no tokenizer takes
+        raise CorpusError(
+            f"{place}: source.text_field={source.text_field!r} is not valid Unicode: {error.reason} at "
+            f"character {error.start}; repair or remove it"
+        ) from error
+    return Document(str(record[source.id_field]) if source.id_field else default_id, text)

@@ -31,7 +31,8 @@ def samples(source: SourceConfig, part: Part, raw: BinaryIO) -> Iterator[Documen
     archive = OPENERS.get(path.suffix, lambda file: file)(raw)
     _require_whole(archive, path)
     archive.seek(0)
-    for sample in group_by_keys(tar_file_expander([{"url": str(path), "stream": archive}])):
+    members = tar_file_expander([{"url": str(path), "stream": archive}], handler=_refuse)
+    for sample in group_by_keys(members, handler=_refuse):
         key = sample["__key__"]
         place = f"{path} sample {key!r}"
         record: dict[str, Any] = {}
@@ -40,12 +41,16 @@ def samples(source: SourceConfig, part: Part, raw: BinaryIO) -> Iterator[Documen
         if "txt" in sample:
             record[source.text_field] = utf8(sample["txt"], f"{place}, its .txt member,")
         elif "json" not in sample:
-            members = ", ".join(f".{name}" for name in sample if not name.startswith("__"))
+            found = ", ".join(f".{name}" for name in sample if not name.startswith("__"))
             raise CorpusError(
-                f"{place} has no .txt and no .json member, but {members}; a document is "
+                f"{place} has no .txt and no .json member, but {found}; a document is "
                 "one of these two (what follows the first dot of a member's name is its kind)"
             )
         yield record_fields(record, source, place, default_id=f"{path.name}/{key}")
+
+
+def _refuse(error: Exception) -> bool:
+    raise tarfile.ReadError(str(error.args[0])) from error  # what follows it are the library's own objects
 
 
 def _require_whole(archive: IO[bytes], path: Path) -> None:

@@ -74,7 +74,7 @@ def test_multistream_dumps_are_cut_at_streams(tmp_path: Path, indexed: bool) -> 
         (tmp_path / INDEX).write_bytes(bz2.compress(LINES.encode()))
     streams = {int(line.split(":")[0]) for line in LINES.splitlines()}
     cut = {}
-    for part_bytes in (1, 100, 777, 2_000, 5_000, len(DUMP) - 1, len(DUMP), 10**9):
+    for part_bytes in (1, 100, 777, 2_000, 4_000, len(DUMP), 10**9):
         found, texts = read(path, part_bytes)
         assert texts == expected(dump_xml(PAGES))
         assert {part.start for part in found} <= {0} | streams
@@ -108,7 +108,7 @@ def test_a_folder_of_dumps_with_their_indices(tmp_path: Path, part_bytes: int) -
     [
         ("5000:1:x\n", r"says that pages begin at byte 5,000 of .*none do: .*remove the index"),
         (f"{LINES}{len(DUMP)}:9:x\n", rf"begin at byte {len(DUMP):,} of .*\({len(DUMP):,} bytes\)"),
-        ("no index\n", "is truncated, damaged or no index: .*'no inde'"),
+        ("no index\n", "is truncated, damaged or no index: .*'no index'"),
         ("", None),
     ],
 )

@@ -2,13 +2,20 @@
 
 import bz2
 import gzip
+import itertools
 import json
 import lzma
+import pickle
+import random
+import re
 from pathlib import Path
 
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from configs.corpus_schema import SourceConfig, SourceKind
+from sharding.documents import Part
 from sharding.manifest import CorpusError
 from sharding.sources import documents, parts
 
@@ -198,21 +205,128 @@ def test_nothing_there(tmp_path: Path) -> None:
         read(SourceKind.jsonl, tmp_path)
 
 
-def test_datasets_from_parquet_json_and_disk(tmp_path: Path) -> None:
-    datasets = pytest.importorskip("datasets")
-    records = datasets.Dataset.from_dict({"id": ["a", "b"], "text": ["One", "Two"]})
-    (tmp_path / "parquet").mkdir()
-    (tmp_path / "json").mkdir()
-    records.to_parquet(str(tmp_path / "parquet" / "train.parquet"))
-    records.to_json(str(tmp_path / "json" / "train.jsonl"))
-    records.save_to_disk(str(tmp_path / "disk"))
-    datasets.DatasetDict({"train": records}).save_to_disk(str(tmp_path / "dict"))
-    for name in ("parquet", "json", "disk", "dict"):
-        assert read(SourceKind.datasets, tmp_path / name, id_field="id") == [("a", "One"), ("b", "Two")], name
-    assert read(SourceKind.datasets, tmp_path / "disk") == [("train:0", "One"), ("train:1", "Two")]
-    with pytest.raises(CorpusError, match="row 0 has no source.text_field='body'; its fields are: id, text"):
-        read(SourceKind.datasets, tmp_path / "parquet", text_field="body")
-    with pytest.raises(CorpusError, match="cannot be read by `datasets`"):
-        read(SourceKind.datasets, tmp_path / "parquet", split="nope")
-    with pytest.raises(CorpusError, match="cannot be read by `datasets`"):
-        read(SourceKind.datasets, tmp_path / "nothing")
+def whole(path: Path, one_per_line: bool) -> list[tuple[int, str]]:
+    """Documents of a text and the bytes where they begin, from all of it at once."""
+    lines = re.findall(rb"[^\n]*\n|[^\n]+$", path.read_bytes())
+    found: list[tuple[int, str]] = []
+    offset, fresh = 0, True
+    for line in lines:
+        text = line.decode().removeprefix("\ufeff" if offset == 0 else "")
+        if not text.strip():
+            fresh = True
+        elif fresh or one_per_line:
+            found.append((offset, text))
+            fresh = False
+        else:
+            found[-1] = (found[-1][0], found[-1][1] + text)
+        offset += len(line)
+    return found
+
+
+LINES = st.sampled_from(["", " ", "\t", "\u3000", "a", "Zwölf", "世界 世界", "x" * 40, "\ufeffy"])
+
+
+@settings(max_examples=200, deadline=None)
+@given(
+    lines=st.lists(LINES, max_size=40),
+    newline=st.sampled_from(["\n", "\r\n"]),
+    ends=st.booleans(),
+    part_bytes=st.integers(1, 100),
+    one_per_line=st.booleans(),
+)
+def test_texts_are_the_same_for_any_parts(
+    tmp_path_factory: pytest.TempPathFactory,
+    lines: list[str],
+    newline: str,
+    ends: bool,
+    part_bytes: int,
+    one_per_line: bool,
+) -> None:
+    path = tmp_path_factory.mktemp("text") / "t.txt"
+    path.write_bytes((newline.join(lines) + (newline if ends else "")).encode())
+    source = SourceConfig(kind=SourceKind.text, path=str(path), one_per_line=one_per_line)
+    found = parts(source, part_bytes)
+    check_parts(found, path)
+    expected = [(f"t.txt@{offset}", text) for offset, text in whole(path, one_per_line)]
+    assert [tuple(document) for part in found for document in documents(source, part)] == expected
+    if part_bytes == 1 and one_per_line:
+        assert len(found) == max(1, path.read_bytes().rstrip(b"\n").count(b"\n") + 1)
+
+
+def check_parts(found: list[Part], path: Path) -> None:
+    """They cover the file without gaps, in order, and travel to other processes."""
+    assert found[0].start == 0 and found[-1].stop is None
+    assert all(one.stop == other.start for one, other in itertools.pairwise(found))
+    assert sum(part.bytes for part in found) == path.stat().st_size
+    assert [part.name for part in found] == sorted({part.name for part in found})
+    assert pickle.loads(pickle.dumps(found)) == found
+
+
+@settings(max_examples=100, deadline=None)
+@given(
+    texts=st.lists(st.sampled_from(["", " ", "a", "Zwölf\n", "世界", "x" * 50]), max_size=30),
+    newline=st.sampled_from(["\n", "\r\n", "\n\n"]),
+    ends=st.booleans(),
+    part_bytes=st.integers(1, 200),
+)
+def test_json_lines_are_the_same_for_any_parts(
+    tmp_path_factory: pytest.TempPathFactory, texts: list[str], newline: str, ends: bool, part_bytes: int
+) -> None:
+    path = tmp_path_factory.mktemp("json") / "b.jsonl"
+    lines = [json.dumps({"text": text}, ensure_ascii=False) for text in texts]
+    path.write_bytes((newline.join(lines) + (newline if ends else "")).encode())
+    source = SourceConfig(kind=SourceKind.jsonl, path=str(path))
+    found = parts(source, part_bytes)
+    check_parts(found, path)
+    read = [document for part in found for document in documents(source, part)]
+    assert [document.text for document in read] == [text for text in texts if text.strip()]
+    content = path.read_bytes()
+    for name, text in read:
+        assert json.loads(content[int(name.split("@")[1]) :].split(b"\n")[0]) == {"text": text}
+    assert len({document.id for document in read}) == len(read)
+
+
+def test_places_in_later_parts_are_bytes(tmp_path: Path) -> None:
+    path = tmp_path / "b.jsonl"
+    path.write_bytes(b'{"text": "one"}\n' * 3 + b'{"text": 2}\n' + b'{"text": "\xff"}\n')
+    source = SourceConfig(kind=SourceKind.jsonl, path=str(path))
+    found = parts(source, part_bytes=20)
+    assert [part.start for part in found] == [0, 32, 48, 60]
+    with pytest.raises(CorpusError, match=r"b.jsonl byte 48: source.text_field='text' holds a int"):
+        list(documents(source, found[2]))
+    with pytest.raises(CorpusError, match=r"b.jsonl byte 60 is not UTF-8: .* at its byte 10"):
+        list(documents(source, found[3]))
+
+
+def test_files_that_cannot_be_cut(tmp_path: Path) -> None:
+    """One that is large for its source is sequential; of many, each is a part like others."""
+    for number in range(100):
+        (tmp_path / f"{number:03d}.txt.gz").write_bytes(gzip.compress(bytes(f"text {number}", "ascii")))
+    source = SourceConfig(kind=SourceKind.text, path=str(tmp_path))
+    found = parts(source, part_bytes=1)
+    assert len(found) == 100 and not any(part.sequential for part in found)
+    (tmp_path / "large.txt.gz").write_bytes(gzip.compress(random.Random(0).randbytes(5_000).hex().encode()))
+    assert [Path(p.source).name for p in parts(source, part_bytes=1) if p.sequential] == ["large.txt.gz"]
+    assert not any(part.sequential for part in parts(source))
+
+
+@pytest.mark.parametrize("name", ["t.txt.bz2", "t.txt.xz"])
+def test_nothing_behind_a_damaged_stream_is_lost_in_silence(tmp_path: Path, name: str) -> None:
+    """The readers of the standard library end there without a word."""
+    pack, opener = (bz2.compress, bz2.open) if name.endswith("bz2") else (lzma.compress, lzma.open)
+    one, two = pack(b"one\n\n"), pack(b"two\n")
+    path = tmp_path / name
+    path.write_bytes(one + two)
+    assert [text for _, text in read(SourceKind.text, path)] == ["one\n", "two\n"]
+    path.write_bytes(one + bytes(8) + two + bytes(4))  # padding is none
+    assert [text for _, text in read(SourceKind.text, path)] == ["one\n", "two\n"]
+    path.write_bytes(one + b"\xff" + two[1:])
+    assert opener(path).read() == b"one\n\n"
+    with pytest.raises(CorpusError, match=f"{name} is truncated or damaged"):
+        read(SourceKind.text, path)
+
+
+def test_half_a_surrogate_pair(tmp_path: Path) -> None:
+    (tmp_path / "b.jsonl").write_text('{"text": "\\ud83d\\ude00"}\n{"text": "a\\ud83d"}\n')
+    with pytest.raises(CorpusError, match=r"b.jsonl:2: .* is not valid Unicode: .* at character 1"):
+        read(SourceKind.jsonl, tmp_path / "b.jsonl")
