@@ -181,11 +181,12 @@ def record_fields(record: dict[str, Any], source: SourceConfig, place: str, defa
         raise CorpusError(
             f"{place}: source.text_field={source.text_field!r} holds a {type(text).__name__}, not text"
         )
+    document = Document(str(record[source.id_field]) if source.id_field else default_id, text)
     try:
-        text.encode()
+        _ = [part.encode() for part in document]
     except UnicodeEncodeError as error:  # JSON can spell half of a surrogate pair, which no tokenizer takes
         raise CorpusError(
-            f"{place}: source.text_field={source.text_field!r} is not valid Unicode: {error.reason} at "
-            f"character {error.start}; repair or remove it"
+            f"{place}: its id or text is not valid Unicode: {error.reason} at character {error.start}; "
+            "repair or remove it"
         ) from error
-    return Document(str(record[source.id_field]) if source.id_field else default_id, text)
+    return document

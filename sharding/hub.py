@@ -16,8 +16,11 @@ from sharding.manifest import CorpusError
 
 PART_ROWS = 50_000
 """Rows of a part of a dataset that ``save_to_disk`` wrote."""
+ENOUGH_SHARDS = 256
+"""A streamed dataset of fewer files is cut finer, where its format allows: parquet at its row groups. Each
+process reads the ends of all files for that."""
 MOST_PARTS = 2048
-"""Of a streamed dataset: shards (row groups of parquet, else files) are joined so that there are no more."""
+"""Shards of a streamed dataset are joined so that there are no more parts."""
 
 
 def parts(source: SourceConfig, part_rows: int = PART_ROWS, most_parts: int = MOST_PARTS) -> list[Part]:
@@ -41,8 +44,8 @@ def parts(source: SourceConfig, part_rows: int = PART_ROWS, most_parts: int = MO
 
 
 def documents(source: SourceConfig, part: Part) -> Iterator[Document]:
-    """The rows of a part. Without ``source.id_field`` their ids are split and row, where rows are numbered
-    (saved datasets), else split, shard and row in the shard.
+    """The rows of a part. Without ``source.id_field`` their ids are split and row in a saved dataset; else
+    split, shard and row in the shard, for rows before a part are not counted.
 
     Raises: CorpusError naming the row.
     """
@@ -67,7 +70,8 @@ def _rows(path: str, subset: str | None, split: str, revision: str | None) -> An
     if any(os.path.exists(os.path.join(path, name)) for name in ("state.json", "dataset_dict.json")):
         loaded = datasets.load_from_disk(path)
         return loaded[split] if isinstance(loaded, datasets.DatasetDict) else loaded
-    return datasets.load_dataset(path, subset, split=split, revision=revision, streaming=True).reshard()
+    rows = datasets.load_dataset(path, subset, split=split, revision=revision, streaming=True)
+    return rows if rows.num_shards >= ENOUGH_SHARDS else rows.reshard()
 
 
 @contextlib.contextmanager

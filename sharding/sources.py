@@ -71,7 +71,9 @@ def source_files(source: SourceConfig) -> list[Path]:
                 f"source.path={path} holds no {source.kind.value} files ({', '.join(suffixes)})"
             )
         return sorted(files)
-    files = [Path(name) for name in glob.glob(str(path)) if not dumps.is_index(Path(name))] or [path]
+    files = [Path(name) for name in glob.glob(str(path))] or [path]
+    if source.kind is SourceKind.mediawiki:  # a glob for dumps finds what lies beside them
+        files = [file for file in files if not dumps.is_index(file)] or [path]
     if missing := [str(file) for file in files if not file.is_file()]:
         raise CorpusError(
             f"source.path={missing[0]} does not exist; give a file, a folder or a glob ({source.kind.value})"
@@ -140,10 +142,6 @@ def _from_file(source: SourceConfig, part: Part) -> Iterator[Document]:
             for document in readers[source.kind](source, part, raw):
                 yield document
                 read += 1
-        except UnicodeDecodeError as error:
-            raise CorpusError(
-                f"source.path: {part.source} is not UTF-8: {error}; convert it first"
-            ) from error
         except DAMAGE as error:
             raise CorpusError(
                 f"source.path: {part.source} is truncated or damaged: {error} (after {read} documents from "
@@ -157,14 +155,15 @@ def _lines(part: Part, raw: BinaryIO) -> Iterator[tuple[str, int, bytes]]:
     raw.seek(part.start)
     offset = part.start
     for number, line in enumerate(content(raw, Path(part.source).suffix, part.stop), start=1):
-        yield f"{part.source}:{number}" if part.start == 0 else f"{part.source} byte {offset}", offset, line
+        place = f"{part.source}:{number}" if part.start == 0 else f"{part.source} byte {offset}"
+        yield place, offset, line.removeprefix(codecs.BOM_UTF8) if offset == 0 else line
         offset += len(line)
 
 
 def _json_lines(source: SourceConfig, part: Part, raw: BinaryIO) -> Iterator[Document]:
     name = Path(part.source).name
     for place, offset, line in _lines(part, raw):
-        if not line.isspace():
+        if line.strip():
             yield record_fields(json_record(line, place), source, place, default_id=f"{name}@{offset}")
 
 
@@ -174,7 +173,7 @@ def _texts(source: SourceConfig, part: Part, raw: BinaryIO) -> Iterator[Document
     lines: list[str] = []
     first = 0
     for place, offset, line in _lines(part, raw):
-        text = utf8(line.removeprefix(codecs.BOM_UTF8) if offset == 0 else line, place)
+        text = utf8(line, place)
         if lines and (source.one_per_line or not text.strip()):
             yield Document(f"{name}@{first}", "".join(lines))
             lines = []

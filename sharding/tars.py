@@ -1,6 +1,7 @@
 """WebDataset tars of text that others made, read through the ``webdataset`` library (which imports torch)."""
 
 import bz2
+import codecs
 import gzip
 import lzma
 import re
@@ -37,9 +38,11 @@ def samples(source: SourceConfig, part: Part, raw: BinaryIO) -> Iterator[Documen
         place = f"{path} sample {key!r}"
         record: dict[str, Any] = {}
         if "json" in sample and ("txt" not in sample or source.id_field):
-            record = json_record(sample["json"], f"{place}, its .json member,")
+            record = json_record(sample["json"].removeprefix(codecs.BOM_UTF8), f"{place}, its .json member,")
         if "txt" in sample:
-            record[source.text_field] = utf8(sample["txt"], f"{place}, its .txt member,")
+            record[source.text_field] = utf8(
+                sample["txt"].removeprefix(codecs.BOM_UTF8), f"{place}, its .txt member,"
+            )
         elif "json" not in sample:
             found = ", ".join(f".{name}" for name in sample if not name.startswith("__"))
             raise CorpusError(

@@ -51,7 +51,18 @@ def test_parquet_is_cut_at_row_groups(tmp_path: Path, no_cache: Path) -> None:
         "id 130",
         "id 131",
     ]
-    assert not no_cache.exists()
+    assert not list(no_cache.rglob("*.arrow"))
+
+
+def test_of_many_files_each_is_a_shard(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "data").mkdir()
+    for number in range(4):
+        records = datasets.Dataset.from_list(ROWS[number * 50 : number * 50 + 50])
+        records.to_parquet(str(tmp_path / "data" / f"{number}.parquet"), batch_size=20)
+    monkeypatch.setattr(hub, "ENOUGH_SHARDS", 4)
+    source = source_of(tmp_path / "data")
+    assert [(part.start, part.stop) for part in parts(source)] == [(0, 1), (1, 2), (2, 3), (3, 4)]
+    assert [document.text for document in read(source)] == [text for text in KEPT if int(text[5:]) < 200]
 
 
 def test_a_single_shard_is_sequential(tmp_path: Path) -> None:
@@ -75,7 +86,7 @@ def test_saved_datasets_are_cut_at_rows(tmp_path: Path, no_cache: Path, name: st
         assert [(document.id, document.text) for part in found for document in documents(source, part)] == [
             (f"train:{number}", row["text"]) for number, row in enumerate(ROWS) if row["text"].strip()
         ]
-    assert not no_cache.exists()
+    assert not list(no_cache.rglob("*.arrow"))
 
 
 def test_what_cannot_be_read(tmp_path: Path) -> None:

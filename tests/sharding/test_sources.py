@@ -1,6 +1,7 @@
 """Sources: what is read, in which order, under which ids, and what bad input is told."""
 
 import bz2
+import codecs
 import gzip
 import itertools
 import json
@@ -136,6 +137,18 @@ def test_json_lines(tmp_path: Path, suffix: str, pack: type[bytes]) -> None:
     path = tmp_path / f"b.jsonl{suffix}"
     path.write_bytes(pack("\n".join(lines).encode()))
     assert read(SourceKind.jsonl, path) == [(f"{path.name}@0", "One"), (f"{path.name}@32", "Zwölf")]
+
+
+@pytest.mark.parametrize(
+    ("content", "texts"), [(b"", []), (b"\n", []), (b'{"text": "a"}', ["a"]), (b'{"text": "a"}\n\n', ["a"])]
+)
+def test_byte_order_marks(tmp_path: Path, content: bytes, texts: list[str]) -> None:
+    (tmp_path / "b.jsonl").write_bytes(codecs.BOM_UTF8 + content)
+    assert read(SourceKind.jsonl, tmp_path / "b.jsonl") == [("b.jsonl@0", text) for text in texts]
+    (tmp_path / "t.txt").write_bytes(codecs.BOM_UTF8 + content)
+    assert [text.strip() for _, text in read(SourceKind.text, tmp_path / "t.txt")] == content.decode().split(
+        "\n"
+    )[: len(texts)]
 
 
 def test_json_lines_with_fields(tmp_path: Path) -> None:
@@ -328,5 +341,5 @@ def test_nothing_behind_a_damaged_stream_is_lost_in_silence(tmp_path: Path, name
 
 def test_half_a_surrogate_pair(tmp_path: Path) -> None:
     (tmp_path / "b.jsonl").write_text('{"text": "\\ud83d\\ude00"}\n{"text": "a\\ud83d"}\n')
-    with pytest.raises(CorpusError, match=r"b.jsonl:2: .* is not valid Unicode: .* at character 1"):
+    with pytest.raises(CorpusError, match=r"b.jsonl:2: .* is not valid Unicode: .* at character 1;"):
         read(SourceKind.jsonl, tmp_path / "b.jsonl")

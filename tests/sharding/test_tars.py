@@ -35,7 +35,7 @@ def as_json(**fields: object) -> bytes:
 
 
 MEMBERS = [
-    ("b/0002.txt", "Zwölf".encode()),
+    ("b/0002.txt", "\ufeffZwölf".encode()),
     ("b/0002.jpg", b"\xff\xd8"),
     ("b/0001.JSON", as_json(text="Eins", key=7)),
     ("0003.json", as_json(text="from json", key="x")),
@@ -94,7 +94,8 @@ def test_an_empty_tar_and_metadata(tmp_path: Path) -> None:
         (("5.json", b"\xff"), "sample '5', its .json member, is not UTF-8"),
         (("5.json", b"{"), "sample '5', its .json member, is not JSON"),
         (("5.json", b"[]"), "sample '5', its .json member, is a JSON list"),
-        (("5.json", b'{"text": "\\ud800"}'), "sample '5': source.text_field='text' is not valid Unicode"),
+        (("5.json", b'{"text": "\\ud800"}'), "sample '5': its id or text is not valid Unicode"),
+        (("\udcff.txt", b"a name that is not UTF-8"), "its id or text is not valid Unicode"),
         (("0004.txt", b"twice"), "0004.txt: duplicate file name"),
     ],
 )
