@@ -29,6 +29,7 @@ setup(
         "rich>=13",
         "safetensors>=0.4",
         "scipy>=1.11",
+        "tenacity>=9",
         "tokenizers>=0.20",
         "torch>=2.6",
         "tqdm>=4.66",

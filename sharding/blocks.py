@@ -1,18 +1,40 @@
 """Blocks of rows as they are stored: read whole, checked, and kept while they are in use.
 
+The rule of reading from remote stores: blocks are small (256 kB) and needed in random order over all
+shards, so a block that is needed is read by one range request, ahead of need where the reader is told what
+comes, and kept in the node's cache. When the split fits into that cache, its shards are fetched whole
+besides, in the background, in the order of first need, verified by SHA-256, and from then on blocks are read
+from them. Whatever a block is read from, its CRC-32s are compared each time.
+
 Letters: n rows, S sequence length of the corpus.
 """
 
+import functools
+import hashlib
 import io
+import logging
+import os
+import threading
 import zlib
 from collections import OrderedDict
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import Future
+from queue import SimpleQueue
+from typing import Any, TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
 
+from sharding.cache import KEPT_SHARE, NodeCache
 from sharding.manifest import Block, Corpus, CorpusError, Member, Shard
-from sharding.store import Store
+from sharding.store import PIECE_BYTES, Store, Unreachable
 
+log = logging.getLogger(__name__)
+
+FETCH_THREADS = 8
+"""Threads of a process that fetch ahead of need, for all its readers."""
+
+T = TypeVar("T")
 Rows = tuple[NDArray[np.integer], NDArray[np.integer], NDArray[np.integer]]
 """ids [n, S], lengths [n], segment starts [n]."""
 
@@ -34,16 +56,45 @@ class Reader:
 
     A block is read whole, by one positional read, and its checksums are compared each time: unlike a memory
     map, a shard that is cut or rots under a running job ends in a message, never in SIGBUS or wrong rows.
+    Blocks of remote stores pass through ``node_cache``, where there is one.
     """
 
-    def __init__(self, corpus: Corpus, split: str, cache_blocks: int) -> None:
-        self.store = corpus.store
+    def __init__(
+        self, corpus: Corpus, split: str, cache_blocks: int, node_cache: NodeCache | None = None
+    ) -> None:
+        self.store, self.node_cache = corpus.store, node_cache
         self.seq_len = corpus.manifest.seq_len
         self.blocks: list[tuple[Shard, Block]] = [
             (shard, block) for shard in corpus.split(split).shards for block in shard.blocks
         ]
         self._cache_blocks = cache_blocks
         self._cache: OrderedDict[int, Rows] = OrderedDict()
+        self._ahead: dict[int, Future[Rows]] = {}
+        split_bytes = sum(shard.bytes for shard in corpus.split(split).shards)
+        self._whole_shards = node_cache is not None and split_bytes <= KEPT_SHARE * node_cache.max_bytes
+        self._shards_done: set[str] = set()
+        self._shard_on_its_way: Future[None] | None = None
+
+    def prefetch(self, upcoming: Sequence[int]) -> None:
+        """Begin to fetch these blocks, the first needed first; what is not among them is no longer fetched.
+
+        Does nothing where reading is cheap. What fails is tried again, and reported, when it is needed.
+        """
+        if self.store.is_local:
+            return
+        ahead = {
+            index: self._ahead.get(index) or _in_background(functools.partial(self._read, index))
+            for index in upcoming
+            if index not in self._cache
+        }
+        for index in self._ahead.keys() - ahead.keys():
+            self._ahead[index].cancel()
+        self._ahead = ahead
+        if self._whole_shards and (self._shard_on_its_way is None or self._shard_on_its_way.done()):
+            shards = (self.blocks[index][0] for index in upcoming)
+            shard = next((shard for shard in shards if shard.sha256 not in self._shards_done), None)
+            if shard is not None:
+                self._shard_on_its_way = _in_background(functools.partial(self._fetch_shard, shard))
 
     def gather(self, block_index: NDArray[np.int64], row_in_block: NDArray[np.int64]) -> Rows:
         """The rows (block_index[i], row_in_block[i]) in this order, int64.
@@ -67,10 +118,14 @@ class Reader:
         else:
             if len(self._cache) >= self._cache_blocks:
                 self._cache.popitem(last=False)
-            shard, block = self.blocks[index]
+            fetch = self._ahead.pop(index, None)
             try:
-                self._cache[index] = read_block(self.store, shard, block)
+                # One that still waits for a thread is sooner read here.
+                fetched = fetch is not None and not fetch.cancel() and fetch.exception() is None
+                self._cache[index] = fetch.result() if fetch and fetched else self._read(index)
             except CorpusError as error:
+                if isinstance(error.__cause__, Unreachable):
+                    raise
                 raise DamagedBlock(
                     f"{error}; `python launcher/corpus.py verify {self.store.location}` lists all damage: "
                     "copy those shards again, or build the corpus again, and resume",
@@ -78,14 +133,97 @@ class Reader:
                 ) from error
         return self._cache[index]
 
+    def _read(self, index: int) -> Rows:
+        """Read a block, in any thread; of a remote store, from the node's cache where it is there."""
+        shard, block = self.blocks[index]
+        if self.store.is_local or self.node_cache is None:
+            return read_block(self.store, shard, block)
+        offset, count = _extent(block)
+        own_name = f"{shard.sha256}-{block.name}"
+        for name, start in ((shard.sha256, offset), (own_name, 0)):
+            content = self.node_cache.read(name, start, count)
+            if content is not None:
+                try:
+                    return parse_block(self.store, shard, block, content)
+                except CorpusError:
+                    self.node_cache.discard(name, f"block {block.name} does not match its checksum")
+        fetch = functools.partial(_read_sound, self.store, shard, block)
+        return parse_block(self.store, shard, block, self.node_cache.get(own_name, count, fetch))
+
+    def _fetch_shard(self, shard: Shard) -> None:
+        """Bring a whole shard into the node's cache, unless the node is busy with one."""
+        assert self.node_cache is not None
+        pieces = functools.partial(_pieces, self.store, shard)
+        try:
+            if self.node_cache.add(shard.sha256, shard.bytes, pieces):
+                self._shards_done.add(shard.sha256)
+        except CorpusError as error:
+            log.warning("%s; its blocks are read one by one", error)
+            self._shards_done.add(shard.sha256)
+
+
+def _in_background(call: Callable[[], T]) -> "Future[T]":
+    """Call in one of the process's fetching threads, in the order of asking."""
+    future: Future[T] = Future()
+    _background(os.getpid()).put((future, call))
+    return future
+
+
+@functools.cache
+def _background(process: int) -> "SimpleQueue[tuple[Future[Any], Callable[[], Any]]]":
+    """The queue of this process's fetching threads, which are started.
+
+    Daemons, unlike those of an executor: a process that ends does not wait for a store that does not answer.
+    """
+
+    def work() -> None:
+        while True:
+            future, call = queue.get()
+            if future.set_running_or_notify_cancel():
+                try:
+                    future.set_result(call())
+                except BaseException as error:
+                    future.set_exception(error)
+            del future, call  # while it waits it keeps no reader alive
+
+    queue: SimpleQueue[tuple[Future[Any], Callable[[], Any]]] = SimpleQueue()
+    for _ in range(FETCH_THREADS):
+        threading.Thread(target=work, daemon=True).start()
+    return queue
+
 
 def read_block(store: Store, shard: Shard, block: Block) -> Rows:
-    """Read one block of a shard and compare its checksums.
+    """Read one block of a shard and compare its checksums; a remote one is read again when they differ.
 
-    Raises: CorpusError naming shard, member and offset.
+    Raises: CorpusError naming shard, member and offset; its cause is Unreachable when the store is.
     """
-    first, last = block.ids.offset, block.seg.offset + block.seg.bytes
-    return parse_block(store, shard, block, _read(store, shard, first, last - first))
+    return parse_block(store, shard, block, _read_sound(store, shard, block))
+
+
+def _read_sound(store: Store, shard: Shard, block: Block) -> bytes:
+    """The content of a block as stored; a remote one has been parsed. Raises as ``read_block``."""
+    offset, count = _extent(block)
+    check = len if store.is_local else functools.partial(parse_block, store, shard, block)
+    return _read(store, shard, offset, count, check)
+
+
+def _extent(block: Block) -> tuple[int, int]:
+    """Offset and bytes of a block in its shard."""
+    return block.ids.offset, block.seg.offset + block.seg.bytes - block.ids.offset
+
+
+def _pieces(store: Store, shard: Shard) -> Iterator[bytes]:
+    """A shard's content, piece by piece. Raises: CorpusError, after the last, when its SHA-256 differs."""
+    digest = hashlib.sha256()
+    for offset in range(0, shard.bytes, PIECE_BYTES):
+        piece = _read(store, shard, offset, min(PIECE_BYTES, shard.bytes - offset))
+        digest.update(piece)
+        yield piece
+    if digest.hexdigest() != shard.sha256:
+        raise CorpusError(
+            f"shard {store.location}/{shard.path}: SHA-256 {digest.hexdigest()}, the manifest says "
+            f"{shard.sha256}"
+        )
 
 
 def parse_block(store: Store, shard: Shard, block: Block, content: bytes) -> Rows:
@@ -109,11 +247,14 @@ def read_lengths(store: Store, shard: Shard, block: Block) -> NDArray[np.integer
     return _checked_array(store, shard, f"{block.name}.len.npy", block.len, content)
 
 
-def _read(store: Store, shard: Shard, offset: int, count: int) -> bytes:
+def _read(
+    store: Store, shard: Shard, offset: int, count: int, check: Callable[[bytes], object] = len
+) -> bytes:
     try:
-        return store.read(shard.path, offset, count)
+        return store.read(shard.path, offset, count, check)
     except OSError as error:
-        raise CorpusError(f"shard {shard.path} cannot be read: {error}") from error
+        hint = "; resume when it answers" if isinstance(error, Unreachable) else ""
+        raise CorpusError(f"shard {shard.path} cannot be read: {error}{hint}") from error
 
 
 def _checked_array(

@@ -53,8 +53,9 @@ class Order:
         self.seed = seed
         self.group_blocks = group_blocks
         self.rows = int(self.block_rows.sum())
-        # What was worked out last: reading goes forward, so one epoch and one group are enough.
-        self._epoch: tuple[int, NDArray[np.int64], NDArray[np.int64]] | None = None
+        # What was worked out last: reading goes forward, so two epochs (the next for ``upcoming``) and one
+        # group are enough.
+        self._epochs: dict[int, tuple[NDArray[np.int64], NDArray[np.int64]]] = {}
         self._group: tuple[int, int, NDArray[np.int64], NDArray[np.int64]] | None = None
 
     def locate(self, start: int, count: int) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
@@ -80,13 +81,32 @@ class Order:
             done += taken
         return block_index, row_in_block
 
+    def upcoming(self, position: int, count: int) -> list[int]:
+        """The blocks of the group that is read at a position, then the ``count`` blocks after it.
+
+        They stand in the order in which they are needed, and end with the next epoch at the latest; one that
+        both epochs need may stand there twice. Raises: ValueError when a number is negative.
+        """
+        if position < 0 or count < 0:
+            raise ValueError(f"positions are counted from 0: position={position}, count={count}")
+        epoch, offset = divmod(position, self.rows)
+        blocks, group_starts = self._blocks_of_epoch(epoch)
+        first = (int(np.searchsorted(group_starts, offset, side="right")) - 1) * self.group_blocks
+        stop = min(first + self.group_blocks, blocks.size) + count
+        found = blocks[first:stop].tolist()
+        if stop > blocks.size:
+            found += self._blocks_of_epoch(epoch + 1)[0][: stop - blocks.size].tolist()
+        return found
+
     def _blocks_of_epoch(self, epoch: int) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
         """Permuted block indices [blocks] and the offset in the epoch at which each group starts [groups]."""
-        if self._epoch is None or self._epoch[0] != epoch:
+        if epoch not in self._epochs:
+            if len(self._epochs) == 2:
+                del self._epochs[next(iter(self._epochs))]
             blocks = permutation(self.block_rows.size, self.seed, epoch, purpose=0)
             starts = np.cumsum(self.block_rows[blocks]) - self.block_rows[blocks]
-            self._epoch = (epoch, blocks, starts[:: self.group_blocks])
-        return self._epoch[1], self._epoch[2]
+            self._epochs[epoch] = (blocks, starts[:: self.group_blocks])
+        return self._epochs[epoch]
 
     def _rows_of_group(
         self, epoch: int, group: int, blocks: NDArray[np.int64]

@@ -15,6 +15,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
 from sharding.blocks import DamagedBlock, Reader, Rows
+from sharding.cache import NodeCache
 from sharding.corpora import Corpora
 from sharding.manifest import Corpus, CorpusError
 from sharding.order import Order, rank_slice
@@ -64,6 +65,7 @@ class Batch:
         return replace(self, length_B=length_B, segment_B=segment_B)
 
 
+SEQUENTIAL_AHEAD = 8  # blocks that are fetched ahead in stored order
 TENSORS = ("ids_BS", "length_B", "segment_B", "corpus_B", "block_B")
 
 
@@ -110,6 +112,14 @@ class _Source:
 
     rows: _Rows
     order: Order
+    prefetch_blocks: int
+
+    def prefetch(self, position: int) -> None:
+        """Begin to fetch what is needed from a position of the order on, where reading is not cheap."""
+        if not self.rows.reader.store.is_local:
+            upcoming = self.order.upcoming(position, self.prefetch_blocks)
+            quarantined = self.rows.quarantined or ()
+            self.rows.reader.prefetch([block for block in upcoming if block not in quarantined])
 
 
 class _Steps(Dataset["Batch | CorpusError"]):
@@ -134,6 +144,7 @@ class _Steps(Dataset["Batch | CorpusError"]):
         return parts[0] if len(parts) == 1 else _interleaved(parts, [draw.slots for draw in draws])
 
     def _part(self, corpus: int, start: int, count: int, position: int) -> Batch:
+        self.sources[corpus].prefetch(start)
         block_index, row_in_block = self.sources[corpus].order.locate(start, count)
         rows, errors = self.sources[corpus].rows.gather(block_index, row_in_block)
         damage = tuple(Damage(corpus, error.index, str(error)) for error in errors)
@@ -177,13 +188,16 @@ def stream(
     prefetch_steps: int,
     pin_memory: bool = False,
     quarantined: Collection[tuple[int, int]] | None = None,
+    node_cache: NodeCache | None = None,
+    prefetch_blocks: int = 32,
 ) -> Iterator[Batch]:
     """This rank's batches of the global steps from ``start_row`` (rows consumed so far) to ``stop_row``.
 
     Steps are indexed by their first position and handed to reader processes in turn, so that the order cannot
     depend on ``workers``. Each reader prepares ``prefetch_steps`` steps ahead. With ``quarantined``, (corpus,
     block) known to be damaged, rows of these and of blocks found damaged on the way are masked instead of
-    ending the stream; what is found is in ``Batch.damage``.
+    ending the stream; what is found is in ``Batch.damage``. Remote corpora are read through ``node_cache``,
+    where there is one, and ``prefetch_blocks`` beyond the ones in use (a group at least) ahead of need.
 
     Raises:
         ValueError: at once, when the rows are not a whole number of steps, or the ranks do not divide one.
@@ -199,9 +213,11 @@ def stream(
     for number, corpus in enumerate(corpora.corpora):
         known = None if quarantined is None else {block for owner, block in quarantined if owner == number}
         # A step may straddle two groups: both stay at hand, so that no block is read twice in passing over.
-        reader = Reader(corpus, split, cache_blocks=2 * group_blocks)
+        reader = Reader(corpus, split, 2 * group_blocks, node_cache)
         order = Order([block.rows for _, block in reader.blocks], seed, group_blocks)
-        sources.append(_Source(_Rows(reader, corpus.manifest.tokenizer.pad_id, known), order))
+        rows = _Rows(reader, corpus.manifest.tokenizer.pad_id, known)
+        # All blocks of the next group are needed at once when it begins.
+        sources.append(_Source(rows, order, max(prefetch_blocks, group_blocks)))
     steps = _Steps(sources, corpora, global_batch_rows, rank, world_size)
     loader: DataLoader[Batch | CorpusError] = DataLoader(
         steps,
@@ -230,6 +246,7 @@ def sequential(
     rank: int,
     world_size: int,
     mask_damaged: bool = False,
+    node_cache: NodeCache | None = None,
 ) -> Iterator[Batch]:
     """The first ``rows`` rows of a split (all, when it holds fewer) in stored order, each on one rank.
 
@@ -242,13 +259,14 @@ def sequential(
             f"rows={rows} (at least 0), batch_rows={batch_rows} (at least 1) and rank={rank} "
             f"(0 .. {world_size - 1}) do not describe a reading"
         )
-    reader = Reader(corpus, split, cache_blocks=2)
+    reader = Reader(corpus, split, 2, node_cache)
     stored_rows = _Rows(reader, corpus.manifest.tokenizer.pad_id, set() if mask_damaged else None)
     starts = np.cumsum([0] + [block.rows for _, block in reader.blocks])
     total = min(rows, int(starts[-1]))
     for first in range(rank * batch_rows, total, world_size * batch_rows):
         stored = np.arange(first, min(first + batch_rows, total))
         block_index = np.searchsorted(starts, stored, side="right") - 1
+        reader.prefetch(range(block_index[0], min(block_index[-1] + SEQUENTIAL_AHEAD, len(reader.blocks))))
         gathered, damage = stored_rows.gather(block_index, stored - starts[block_index])
         for error in damage:
             log.warning("rows masked in the %s split: %s", split, error)

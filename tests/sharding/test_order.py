@@ -118,8 +118,42 @@ def test_memory_and_seek_do_not_grow_with_rows() -> None:
     order = Order([1024] * 35_000, seed=3, group_blocks=16)
     blocks, rows = order.locate(5 * order.rows + 20_000_000, 256)
     assert len(set(blocks.tolist())) <= 32 and rows.max() < 1024
-    arrays = [x for cached in (order._epoch, order._group) for x in cached or () if isinstance(x, np.ndarray)]
+    arrays = [
+        x
+        for cached in (*order._epochs.values(), order._group)
+        for x in cached or ()
+        if isinstance(x, np.ndarray)
+    ]
     assert sum(array.nbytes for array in arrays) < 2_000_000
+
+
+@pytest.mark.parametrize("count", [0, 1, 2, 4, 9, 100])
+def test_upcoming_names_the_blocks_of_the_groups_to_come(count: int) -> None:
+    sizes = [3, 5, 4, 4, 2, 6, 1, 7, 3]
+    order, fresh = Order(sizes, seed=11, group_blocks=2), Order(sizes, seed=11, group_blocks=2)
+    reading = order.locate(0, 4 * order.rows)[0]
+    for position in (0, 7, 20, order.rows - 1, order.rows, 2 * order.rows + 5):
+        epoch, groups = position // order.rows, []
+        for one in (epoch, epoch + 1):
+            found = list(dict.fromkeys(reading[one * order.rows : (one + 1) * order.rows].tolist()))
+            groups += [found[first : first + 2] for first in range(0, 9, 2)]
+            if one == epoch:
+                current = next(g for g, blocks in enumerate(groups) if reading[position] in blocks)
+        # Blocks stand group by group; the last group may be cut.
+        upcoming = order.upcoming(position, count)
+        whole = [block for group in groups[current:] for block in group]
+        assert len(upcoming) == min(len(groups[current]) + count, len(whole))
+        taken = 0
+        for group in groups[current:]:
+            part = upcoming[taken : taken + len(group)]
+            assert set(part) == set(group) if len(part) == len(group) else set(part) <= set(group)
+            taken += len(part)
+        assert np.array_equal(fresh.locate(position, 60), order.locate(position, 60))
+
+
+def test_upcoming_counts_from_0() -> None:
+    with pytest.raises(ValueError, match="counted from 0"):
+        Order([4], 0, 1).upcoming(-1, 2)
 
 
 @pytest.mark.parametrize(
