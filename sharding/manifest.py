@@ -12,7 +12,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from sharding.store import Store
+from sharding.store import Store, StoreError
 
 MANIFEST_NAME = "manifest.json"
 FORMAT_VERSION = 1
@@ -148,7 +148,10 @@ def open_corpus(location: str | Path) -> Corpus:
 
 def read_manifest(location: str | Path) -> Corpus:
     """Read ``manifest.json`` alone. Raises CorpusError when it is missing, changed, or of another format."""
-    store = Store(str(location))
+    try:
+        store = Store(str(location))
+    except StoreError as error:
+        raise CorpusError(str(error)) from None  # the location may hold a secret
     path = f"{location}/{MANIFEST_NAME}"
     try:
         fields = json.loads(store.read(MANIFEST_NAME).decode("utf-8"))
@@ -177,10 +180,17 @@ def read_manifest(location: str | Path) -> Corpus:
 
 
 def size_problems(corpus: Corpus) -> list[str]:
-    """Shards that are missing or have another size than the manifest's."""
+    """Shards that are missing or have another size than the manifest's.
+
+    Raises: CorpusError when a remote store does not tell.
+    """
     shards = [shard for split in corpus.manifest.splits.values() for shard in split.shards]
     problems = []
-    for shard, size in zip(shards, corpus.store.sizes([shard.path for shard in shards]), strict=True):
+    try:
+        sizes = corpus.store.sizes([shard.path for shard in shards])
+    except StoreError as error:
+        raise CorpusError(f"the shards of {corpus.store.location} cannot be checked: {error}") from error
+    for shard, size in zip(shards, sizes, strict=True):
         path = f"{corpus.store.location}/{shard.path}"
         if size is None:
             problems.append(f"{path} is missing")
