@@ -183,7 +183,8 @@ def record_fields(record: dict[str, Any], source: SourceConfig, place: str, defa
         )
     document = Document(str(record[source.id_field]) if source.id_field else default_id, text)
     try:
-        _ = [part.encode() for part in document]
+        for value in document:
+            value.encode()
     except UnicodeEncodeError as error:  # JSON can spell half of a surrogate pair, which no tokenizer takes
         raise CorpusError(
             f"{place}: its id or text is not valid Unicode: {error.reason} at character {error.start}; "
