@@ -1,283 +1,355 @@
-"""The corpus build: source -> clean text -> token ids (worker processes) -> rows -> shards -> manifest.
+"""The corpus build: an external sort in two phases, each on any number of processes and machines.
 
-The documents are packed by one process in the order of the source, so the bytes written do not depend on the
-number of workers. Everything is written beside the output under a temporary name and renamed when complete.
+    prepare   every part of the source -> clean text -> token ids -> a run, sorted by (split, shuffle key)
+    plan      from the runs' indices: which documents stay, in which order, in which shard
+    pack      every shard: its documents from all runs -> rows -> a tar
+    join      the manifest, and the final name
+
+A part and a shard are made from their own input alone and appear whole or not at all, so the bytes depend
+neither on the number of processes and tasks nor on interruptions, and what is finished is never made again.
+Memory is that of a part's ids or a shard's in each process, and of the plan (``sharding.plan``) in one.
 """
 
 import contextlib
 import errno
-import fcntl
 import hashlib
-import itertools
+import importlib.metadata
+import json
 import logging
 import os
 import shutil
-import sys
-import time
-from collections.abc import Iterator
-from dataclasses import dataclass, field
-from pathlib import Path
+from collections.abc import Iterator, Sequence
+from dataclasses import asdict, dataclass
+from functools import partial
+from typing import Any
 
-from tqdm import tqdm
+import numpy as np
+from numpy.typing import NDArray
 
-from configs.corpus_schema import CorpusConfig, Packing, SourceKind
-from sharding.files import install_folder, sync
+from configs.corpus_schema import CorpusConfig, Deduplicate, Packing, SourceKind
+from sharding.documents import Part
 from sharding.manifest import (
     FORMAT_VERSION,
-    MANIFEST_NAME,
     CorpusError,
     Manifest,
+    Shard,
     SourceInfo,
     Split,
     TokenizerInfo,
 )
-from sharding.packing import Packer
-from sharding.prepare import Prepared, Recipe, prepare_all
-from sharding.shards import ShardWriter
-from sharding.sources import documents, parts, source_files
+from sharding.merge import RowRecipe, ShardJob, finished_shard, make_shard
+from sharding.plan import NoDocuments, Plan, make_plan, read_plan, write_plan
+from sharding.prepare import Recipe, jobs, make_run, share
+from sharding.progress import Progress
+from sharding.runs import Run, runs_of
+from sharding.sources import parts, source_files
 from sharding.tokens import id_dtype, load_tokenizer, tokenizer_info
+from sharding.workers import in_workers
+from sharding.workspace import Workspace, open_workspace
 
 log = logging.getLogger(__name__)
 
+LIBRARIES = ("mwparserfromhell", "mwxml", "tokenizers")
+"""What decides the ids besides our code: a build does not go on under another version of these."""
+
 
 def build(config: CorpusConfig, *, progress: bool) -> Manifest:
-    """Build the corpus that ``config`` describes and return its manifest. ``progress`` shows it on stderr.
+    """Build the corpus that ``config`` describes, on this machine, and return its manifest. ``progress``
+    shows it on stderr. A build that was interrupted goes on where it was.
 
-    Raises: CorpusError for a source, tokenizer, output or disk with which it cannot be done; nothing is
-        left under the output's name then, and a corpus that was to be replaced stays as it was.
+    Raises: CorpusError for a source, tokenizer, output or disk with which it cannot be done; a corpus that
+        was to be replaced stays as it was, and so does what is finished of the new one.
     """
-    output = Path(config.output)
-    _require_free(output, config.overwrite)
-    files = source_files(config.source)
-    tokenizer = load_tokenizer(config.tokenizer, config.tokenizer_revision)
-    info = tokenizer_info(tokenizer, config.tokenizer, config.tokenizer_revision)
-    recipe = Recipe(
-        tokenizer_json=tokenizer.backend_tokenizer.to_str(),
-        vocab_size=info.vocab_size,
-        special_ids=(info.pad_id, info.cls_id, info.sep_id),
-        wiki_markup=config.source.kind is SourceKind.mediawiki,
-        min_document_chars=config.min_document_chars,
-    )
-    source_bytes = sum(file.stat().st_size for file in files)
-    with _partial_folder(output) as partial, _Progress(source_bytes, progress) as shown:
-        writers: dict[str, _SplitWriter] = {}
+    with _opened(config, shared=False) as opened:
         try:
-            for name in _split_names(config):
-                writers[name] = _SplitWriter.start(partial, name, config, info)
-            _write_documents(config, recipe, writers, shown)
-            splits = {name: writer.finish() for name, writer in writers.items()}
-            _require_documents(config, splits, shown)
-            manifest = Manifest(
-                version=FORMAT_VERSION,
-                tokenizer=info,
-                source=_source_info(config, files),
-                seq_len=config.seq_len,
-                packing=config.packing.value,
-                block_rows=config.block_rows,
-                heldout_share=config.heldout_share,
-                splits=splits,
-            )
-            _write_synced(partial / MANIFEST_NAME, manifest.to_json())
-        except OSError as error:
-            if error.errno not in (errno.ENOSPC, errno.EDQUOT):
-                raise
-            raise _disk_full(partial, output, shown) from error
-        finally:
-            for writer in writers.values():
-                writer.shards.abort()
-        install_folder(partial, output)
-    return manifest
+            opened.prepare(0, 1, progress)
+            opened.pack(0, 1, progress)
+            return opened.join()
+        except NoDocuments:
+            shutil.rmtree(opened.work.partial)  # it is of no use to a build with other settings
+            raise
 
 
-@dataclass
-class _SplitWriter:
-    """Documents of one split on their way into shards."""
-
-    packer: Packer
-    shards: ShardWriter
-    documents: int = 0
-
-    @classmethod
-    def start(cls, root: Path, name: str, config: CorpusConfig, info: TokenizerInfo) -> "_SplitWriter":
-        packer = Packer(
-            seq_len=config.seq_len,
-            block_rows=config.block_rows,
-            cross_documents=config.packing is Packing.full,
-            pad_id=info.pad_id,
-            cls_id=info.cls_id,
-            sep_id=info.sep_id,
-            dtype=id_dtype(info.vocab_size),
-        )
-        return cls(packer, ShardWriter(root, name, config.max_shard_bytes))
-
-    def finish(self) -> Split:
-        for block in self.packer.finish():
-            self.shards.write(block)
-        return Split(self.documents, self.shards.rows, self.shards.tokens, self.shards.close())
+def prepare(config: CorpusConfig, task: int, tasks: int, *, progress: bool) -> None:
+    """Task ``task`` (from 0) of ``tasks`` of the first phase. Raises as ``build``."""
+    with _opened(config, shared=True) as opened:
+        opened.prepare(task, tasks, progress)
 
 
-def _split_names(config: CorpusConfig) -> tuple[str, ...]:
-    return ("train", "heldout") if config.heldout_share else ("train",)
+def pack(config: CorpusConfig, task: int, tasks: int, *, progress: bool) -> None:
+    """Task ``task`` (from 0) of ``tasks`` of the second phase, after all of the first.
+
+    Raises: CorpusError naming the runs that are missing, and as ``build``.
+    """
+    with _opened(config, shared=True) as opened:
+        opened.pack(task, tasks, progress)
 
 
-def is_heldout(document_id: str, share: float) -> bool:
-    """Whether a document belongs to the held-out split: by a hash of its id alone, so that it stays there
-    when the source grows."""
-    digest = hashlib.blake2b(document_id.encode(), digest_size=8).digest()
-    return int.from_bytes(digest, "big") < share * 2**64
+def join(config: CorpusConfig) -> Manifest:
+    """The last step, after all tasks of both phases; returns the manifest.
 
-
-def _write_documents(
-    config: CorpusConfig,
-    recipe: Recipe,
-    writers: dict[str, _SplitWriter],
-    shown: "_Progress",
-) -> None:
-    """Read, prepare, pack and write all documents, in the order of the source."""
-    processes = config.processes or len(os.sched_getaffinity(0))
-    found = (document for part in parts(config.source) for document in documents(config.source, part))
-    if config.max_documents is not None:
-        found = itertools.islice(found, config.max_documents)
-    for prepared in prepare_all(found, recipe, processes):
-        for document_id, ids in prepared.documents:
-            writer = writers["heldout" if is_heldout(document_id, config.heldout_share) else "train"]
-            writer.documents += 1
-            for block in writer.packer.add(ids):
-                writer.shards.write(block)
-        shown.update(prepared)
-    if shown.unparsed:
-        log.warning(
-            "%d pages were left out because their markup could not be parsed: %s",
-            len(shown.unparsed),
-            ", ".join(shown.unparsed[:20]) + (", ..." if len(shown.unparsed) > 20 else ""),
-        )
-
-
-def _require_documents(config: CorpusConfig, splits: dict[str, Split], shown: "_Progress") -> None:
-    if not sum(split.documents for split in splits.values()):
-        raise CorpusError(
-            f"source.path={config.source.path} gives an empty corpus: of {shown.read} documents "
-            f"{shown.too_short} are shorter than min_document_chars={config.min_document_chars} once clean, "
-            f"{len(shown.unparsed)} could not be parsed; check source.kind and source.path, or lower it"
-        )
-    for name, split in splits.items():
-        if not split.documents:
-            raise CorpusError(
-                f"heldout_share={config.heldout_share} leaves the {name} split without any of the "
-                f"{sum(split.documents for split in splits.values())} documents; use more documents, "
-                f"another share, or heldout_share=0 for a corpus without a held-out split"
-            )
-
-
-def _source_info(config: CorpusConfig, files: list[Path]) -> SourceInfo:
-    source = config.source
-    hub = source.kind is SourceKind.datasets
-    dataset = os.path.basename(os.path.normpath(source.path)) if os.path.isdir(source.path) else source.path
-    return SourceInfo(
-        kind=source.kind.value,
-        names=(dataset,) if hub else tuple(file.name for file in files),
-        subset=source.subset,
-        split=source.split if hub else None,
-        revision=source.revision,
-        min_document_chars=config.min_document_chars,
-        max_documents=config.max_documents,
-    )
-
-
-def _require_free(output: Path, overwrite: bool) -> None:
-    if not output.exists() or (output.is_dir() and not any(output.iterdir())):
-        return
-    if not (output / MANIFEST_NAME).is_file():
-        raise CorpusError(
-            f"output={output} exists and is no corpus; it is never replaced: choose another name"
-        )
-    if not overwrite:
-        raise CorpusError(f"output={output} already holds a corpus; set overwrite=true to replace it")
+    Raises: CorpusError naming the runs or shards that are missing, and as ``build``.
+    """
+    with _opened(config, shared=False) as opened:
+        return opened.join()
 
 
 @contextlib.contextmanager
-def _partial_folder(output: Path) -> Iterator[Path]:
-    """The folder in which a build works, removed if it fails. One that a killed build left is replaced."""
-    partial = output.with_name(f"{output.name}.partial")
-    descriptor = None
-    try:
-        partial.mkdir(parents=True, exist_ok=True)
-        descriptor = os.open(partial, os.O_RDONLY)
-        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        for stale in partial.iterdir():
-            shutil.rmtree(stale) if stale.is_dir() else stale.unlink()
-    except BlockingIOError:
-        os.close(descriptor) if descriptor is not None else None
-        raise CorpusError(
-            f"another build is writing {partial}; wait for it or choose another output"
-        ) from None
-    except OSError as error:
-        raise CorpusError(f"output={output} cannot be written: {partial}: {error.strerror}") from error
-    try:
-        yield partial
-    except BaseException:
-        shutil.rmtree(partial, ignore_errors=True)
-        raise
-    finally:
-        os.close(descriptor)
+def _opened(config: CorpusConfig, *, shared: bool) -> Iterator["_Build"]:
+    found = parts(config.source)
+    tokenizer = load_tokenizer(config.tokenizer, config.tokenizer_revision)
+    info = tokenizer_info(tokenizer, config.tokenizer, config.tokenizer_revision)
+    recipe = _recipe(config, found, info)
+    with open_workspace(config, recipe, shared=shared) as work:
+        yield _Build(config, found, info, tokenizer.backend_tokenizer.to_str(), work)
 
 
-def _write_synced(path: Path, text: str) -> None:
-    """Write the manifest, the last file of a corpus, and make all its names survive a power cut."""
-    path.write_text(text, encoding="utf-8")
-    for entry in (path, *(child for child in path.parent.iterdir() if child.is_dir()), path.parent):
-        sync(entry)
+def _recipe(config: CorpusConfig, found: list[Part], info: TokenizerInfo) -> dict[str, Any]:
+    """All that decides the bytes of a corpus, under the names that a person knows it by."""
+    sizes: dict[str, int] = {}
+    for part in found:
+        name = os.path.basename(os.path.normpath(part.source))
+        sizes[name] = sizes.get(name, 0) + part.bytes
+    cut = json.dumps([(part.name, part.start, part.stop, part.bytes, part.sequential) for part in found])
+    near = config.deduplicate is Deduplicate.near
+    source = asdict(config.source)
+    source.pop("path")
+    return {
+        "format version": FORMAT_VERSION,
+        **{f"source.{key}": getattr(value, "value", value) for key, value in source.items()},
+        "source files (bytes)": sizes,
+        "source parts": hashlib.sha256(cut.encode()).hexdigest(),
+        "tokenizer": asdict(info),
+        "seq_len": config.seq_len,
+        "packing": config.packing.value,
+        "min_document_chars": config.min_document_chars,
+        "max_documents": config.max_documents,
+        "deduplicate": config.deduplicate.value,
+        "near_threshold": config.near_threshold if near else None,
+        "shuffle_seed": config.shuffle_seed,
+        "heldout_share": config.heldout_share,
+        "block_rows": config.block_rows,
+        "max_shard_bytes": config.max_shard_bytes,
+        "libraries": {
+            name: importlib.metadata.version(name) for name in (*LIBRARIES, *(["datasketch"] if near else []))
+        },
+    }
 
 
-def _disk_full(partial: Path, output: Path, shown: "_Progress") -> CorpusError:
-    written = sum(file.stat().st_size for file in partial.rglob("*") if file.is_file())
-    free = shutil.disk_usage(partial).free
-    needed = f"more than {written:,} bytes are needed"
-    if shown.bytes_read:
-        share = shown.bytes_read / shown.source_bytes
-        needed = f"about {int(written / share):,} bytes are needed ({share:.0%} of the source was read)"
-    return CorpusError(
-        f"no space left for {output}: {written:,} bytes were written to {partial}, {free:,} are free, "
-        f"{needed}; free that much or set output to another disk (what was written is removed again)"
+@dataclass(frozen=True)
+class _Build:
+    """A build whose folder is open."""
+
+    config: CorpusConfig
+    parts: list[Part]
+    tokenizer: TokenizerInfo
+    tokenizer_json: str
+    work: Workspace
+
+    @property
+    def processes(self) -> int:
+        return self.config.processes or len(os.sched_getaffinity(0))
+
+    def prepare(self, task: int, tasks: int, progress: bool) -> None:
+        config, folder = self.config, self.work.runs
+        recipe = Recipe(
+            tokenizer_json=self.tokenizer_json,
+            vocab_size=self.tokenizer.vocab_size,
+            special_ids=(self.tokenizer.pad_id, self.tokenizer.cls_id, self.tokenizer.sep_id),
+            wiki_markup=config.source.kind is SourceKind.mediawiki,
+            min_document_chars=config.min_document_chars,
+            heldout_share=config.heldout_share,
+            shuffle_seed=config.shuffle_seed,
+            near_threshold=config.near_threshold if config.deduplicate is Deduplicate.near else None,
+        )
+        own = self.parts[task::tasks]
+        done = sum(part.bytes for part in own if runs_of(folder, part) is not None)
+        wanted = share(self.parts, task, tasks, folder, config.max_documents)
+        todo = jobs(config.source, wanted, folder, config.max_documents)
+        with Progress("prepare", sum(part.bytes for part in own), done, "B", progress) as shown:
+            with self._disk_watched(shown):
+                for made in in_workers(partial(make_run, recipe), todo, self.processes):
+                    shown.advance(made.bytes, made.documents, made.tokens)
+
+    def pack(self, task: int, tasks: int, progress: bool) -> None:
+        recipe = RowRecipe(
+            seq_len=self.config.seq_len,
+            block_rows=self.config.block_rows,
+            cross_documents=self.config.packing is Packing.full,
+            vocab_size=self.tokenizer.vocab_size,
+            pad_id=self.tokenizer.pad_id,
+            cls_id=self.tokenizer.cls_id,
+            sep_id=self.tokenizer.sep_id,
+        )
+        runs = self._runs()
+        with self._disk_watched(None):
+            shards = _shards(self._plan(runs))[task::tasks]
+            for shard in shards:
+                for path in (self.work.corpus / shard.path, self.work.marker(shard.path)):
+                    path.parent.mkdir(parents=True, exist_ok=True)
+            todo = [shard for shard in shards if self._finished(shard) is None]
+            total = sum(shard.tokens for shard in shards)
+            done = total - sum(shard.tokens for shard in todo)
+            with Progress("pack", total, done, " tokens", progress) as shown:
+                shard_jobs = (self._shard_job(shard, runs) for shard in todo)
+                for documents, tokens in in_workers(partial(make_shard, recipe), shard_jobs, self.processes):
+                    shown.advance(tokens, documents, tokens)
+
+    def join(self) -> Manifest:
+        plan = self._plan(self._runs())
+        found: dict[str, list[tuple[int, Shard]]] = {name: [] for name in plan.splits}
+        missing = []
+        for shard in _shards(plan):
+            if (finished := self._finished(shard)) is None:
+                missing.append(shard.path)
+            else:
+                found[shard.split].append(finished)
+        if missing:
+            raise CorpusError(
+                f"{len(missing)} shards are not finished: {_some(missing)}; {_again('pack', self.work)}"
+            )
+        manifest = self._manifest(plan, {name: _split(finished) for name, finished in found.items()})
+        with self._disk_watched(None):
+            self.work.install(manifest)
+        if plan.unparsed:
+            log.warning(
+                "%d pages were left out because their markup could not be parsed: %s",
+                len(plan.unparsed),
+                _some(plan.unparsed),
+            )
+        if duplicates := plan.left_out.exact_duplicates + plan.left_out.near_duplicates:
+            log.info(
+                "%d documents were left out as duplicates, %d of them near ones",
+                duplicates,
+                plan.left_out.near_duplicates,
+            )
+        return manifest
+
+    def _runs(self) -> list[Run]:
+        """The runs that the corpus is made of, in the source's order; CorpusError while some are missing."""
+        most = self.config.max_documents
+        found: list[Run] = []
+        missing, read = [], 0
+        for part in self.parts:
+            if most is not None and read >= most:
+                break
+            if (runs := runs_of(self.work.runs, part)) is None:
+                missing.append(part.name)
+                continue
+            found += runs
+            if most is not None:
+                read += sum(int(run.index().read) for run in runs)
+        if missing:
+            raise CorpusError(
+                f"{len(missing)} of {len(self.parts)} parts of the source are not prepared: "
+                f"{_some(missing)}; {_again('prepare', self.work)}"
+            )
+        return found
+
+    def _plan(self, runs: list[Run]) -> Plan:
+        if self.work.plan.exists():
+            return read_plan(self.work.plan)
+        plan = make_plan(self.config, runs, id_dtype(self.tokenizer.vocab_size).itemsize)
+        write_plan(self.work.plan, plan)
+        return plan
+
+    def _finished(self, shard: "_Planned") -> tuple[int, Shard] | None:
+        return finished_shard(self.work.marker(shard.path), self.work.corpus, shard.path)
+
+    def _shard_job(self, shard: "_Planned", runs: list[Run]) -> ShardJob:
+        used, run = np.unique(shard.run, return_inverse=True)
+        return ShardJob(
+            corpus=self.work.corpus,
+            path=shard.path,
+            marker=self.work.marker(shard.path),
+            runs=tuple(runs[at] for at in used),
+            run=run,
+            position=shard.position,
+            tokens=shard.tokens,
+        )
+
+    def _manifest(self, plan: Plan, splits: dict[str, Split]) -> Manifest:
+        config, source = self.config, self.config.source
+        hub = source.kind is SourceKind.datasets
+        dataset = (
+            os.path.basename(os.path.normpath(source.path)) if os.path.isdir(source.path) else source.path
+        )
+        return Manifest(
+            version=FORMAT_VERSION,
+            tokenizer=self.tokenizer,
+            source=SourceInfo(
+                kind=source.kind.value,
+                names=(dataset,) if hub else tuple(file.name for file in source_files(source)),
+                subset=source.subset,
+                split=source.split if hub else None,
+                revision=source.revision,
+                min_document_chars=config.min_document_chars,
+                max_documents=config.max_documents,
+            ),
+            seq_len=config.seq_len,
+            packing=config.packing.value,
+            block_rows=config.block_rows,
+            heldout_share=config.heldout_share,
+            shuffle_seed=config.shuffle_seed,
+            deduplicate=config.deduplicate.value,
+            near_threshold=config.near_threshold if config.deduplicate is Deduplicate.near else None,
+            left_out=plan.left_out,
+            splits=splits,
+        )
+
+    @contextlib.contextmanager
+    def _disk_watched(self, shown: Progress | None) -> Iterator[None]:
+        try:
+            yield
+        except OSError as error:
+            if error.errno not in (errno.ENOSPC, errno.EDQUOT):
+                raise
+            raise self.work.disk_full(shown.share if shown else None) from error
+
+
+@dataclass(frozen=True)
+class _Planned:
+    """One shard of a plan."""
+
+    split: str
+    path: str
+    run: NDArray[np.uint32]
+    position: NDArray[np.uint32]
+    tokens: int
+
+
+def _shards(plan: Plan) -> list[_Planned]:
+    """All shards, split by split."""
+    return [
+        _Planned(
+            split=name,
+            path=f"{name}/{number:05d}.tar",
+            run=split.run[start:stop],
+            position=split.position[start:stop],
+            tokens=int(tokens),
+        )
+        for name, split in plan.splits.items()
+        for number, (start, stop, tokens) in enumerate(
+            zip(split.bounds[:-1], split.bounds[1:], split.shard_tokens, strict=True)
+        )
+    ]
+
+
+def _split(shards: list[tuple[int, Shard]]) -> Split:
+    return Split(
+        documents=sum(documents for documents, _ in shards),
+        rows=sum(sum(shard.rows) for _, shard in shards),
+        tokens=sum(sum(shard.tokens) for _, shard in shards),
+        shards=tuple(shard for _, shard in shards),
     )
 
 
-@dataclass
-class _Progress:
-    """What has been read so far; shown as a bar on a terminal and as a line now and then elsewhere."""
+def _some(names: Sequence[str], most: int = 20) -> str:
+    return ", ".join(names[:most]) + (", ..." if len(names) > most else "")
 
-    source_bytes: int
-    """Size of the source's files; 0 when it is not known."""
-    visible: bool
-    read: int = 0
-    too_short: int = 0
-    bytes_read: int = 0
-    tokens: int = 0
-    unparsed: list[str] = field(default_factory=list)
-    line_every_s: float = 30.0
 
-    def __enter__(self) -> "_Progress":
-        on_terminal = self.visible and sys.stderr.isatty()
-        unit = {"unit": "B", "unit_scale": True} if self.source_bytes else {"unit": " documents"}
-        self._bar = tqdm(total=self.source_bytes or None, desc="corpus", disable=not on_terminal, **unit)
-        self._lines = self.visible and not on_terminal
-        self._last_line_s = time.monotonic()
-        return self
-
-    def __exit__(self, *exception: object) -> None:
-        self._bar.close()
-
-    def update(self, prepared: Prepared) -> None:
-        self._bar.update(prepared.bytes_read - self.bytes_read if self.source_bytes else prepared.read)
-        self.read += prepared.read
-        self.too_short += prepared.too_short
-        self.unparsed += prepared.unparsed
-        self.bytes_read = prepared.bytes_read
-        self.tokens += sum(ids.size for _, ids in prepared.documents)
-        self._bar.set_postfix_str(f"{self.read:,} documents, {self.tokens:,} tokens")
-        if self._lines and time.monotonic() - self._last_line_s >= self.line_every_s:
-            self._last_line_s = time.monotonic()
-            share = f"{self.bytes_read / self.source_bytes:.1%} of the source, " if self.source_bytes else ""
-            print(
-                f"corpus: {share}{self.read:,} documents, {self.tokens:,} tokens", file=sys.stderr, flush=True
-            )
+def _again(stage: str, work: Workspace) -> str:
+    return (
+        f"run `python launcher/corpus.py build --stage {stage}` again with the same keys, "
+        f"output={work.output} (--task I/N for a share): what is finished is not made again"
+    )

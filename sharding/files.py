@@ -4,8 +4,10 @@ import contextlib
 import hashlib
 import os
 import shutil
+import uuid
 from collections.abc import Iterator
 from pathlib import Path
+from typing import BinaryIO
 
 
 @contextlib.contextmanager
@@ -35,6 +37,30 @@ def install_folder(partial: Path, final: Path) -> None:
     partial.rename(final)
     sync(final.parent)
     shutil.rmtree(aside, ignore_errors=True)
+
+
+@contextlib.contextmanager
+def new_file(final: Path) -> Iterator[BinaryIO]:
+    """A file to fill, beside ``final``. It gets that name when all went well, and is removed when not.
+
+    Its own name is unique (``UNFINISHED`` matches it): processes that write the same file do not meet, and
+    the last one's stays.
+    """
+    partial = final.with_name(f".{final.name}.{uuid.uuid4().hex}.tmp")
+    try:
+        with open(partial, "xb") as file:
+            yield file
+            file.flush()
+            os.fsync(file.fileno())
+        partial.replace(final)
+        sync(final.parent)
+    except BaseException:
+        partial.unlink(missing_ok=True)
+        raise
+
+
+UNFINISHED = ".*.tmp"
+"""Glob for what killed processes left of a ``new_file``."""
 
 
 def write_text(path: Path, text: str) -> None:

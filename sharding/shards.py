@@ -1,18 +1,18 @@
-"""The shard writer: blocks of rows as members of plain, deterministic tar files that WebDataset reads."""
+"""Shards: blocks of rows as members of plain, deterministic tar files that WebDataset reads."""
 
-import contextlib
 import hashlib
 import io
-import os
+import tarfile
 import zlib
+from collections.abc import Iterable
 from pathlib import Path
-from typing import BinaryIO
+from typing import BinaryIO, cast
 
 import numpy as np
-import webdataset
 from numpy.typing import NDArray
 
-from sharding.manifest import Block, Member, Shard
+from sharding.files import new_file
+from sharding.manifest import Members, Shard, block_name
 from sharding.packing import Rows
 
 TAR_BLOCK_BYTES = 512
@@ -33,75 +33,63 @@ class _HashingFile:
         return self.file.write(data)
 
 
-class ShardWriter:
-    """Writes the blocks of one split to ``<root>/<split>/00000.tar ...``.
+def write_shard(root: Path, path: str, blocks: Iterable[Rows]) -> Shard:
+    """Write blocks to ``<root>/<path>``, whole or not at all. The bytes depend on the rows and the file's
+    name alone: no times, owners or modes from outside. Raises OSError when the disk does."""
+    rows: list[int] = []
+    tokens: list[int] = []
+    members: dict[str, list[tuple[int, int, int]]] = {"ids": [], "len": [], "seg": []}
+    end = 0  # bytes so far
+    with new_file(root / path) as file:
+        hashing = _HashingFile(file)
+        with tarfile.open(fileobj=cast(BinaryIO, hashing), mode="w|", format=tarfile.USTAR_FORMAT) as tar:
+            for number, block in enumerate(blocks):
+                contents = {"ids": block.ids, "len": block.lengths, "seg": block.segments}
+                for kind, array in contents.items():
+                    data = _npy_bytes(array)
+                    members[kind].append((end + TAR_BLOCK_BYTES, len(data), zlib.crc32(data)))
+                    end += TAR_BLOCK_BYTES + _padded(len(data), TAR_BLOCK_BYTES)
+                    member = tarfile.TarInfo(f"{block_name(path, number)}.{kind}.npy")  # time 0, no owner
+                    member.size, member.mode = len(data), 0o444
+                    tar.addfile(member, io.BytesIO(data))
+                rows.append(len(block.ids))
+                tokens.append(int(block.lengths.sum(dtype=np.int64)))
+        size = file.tell()
+    return Shard(
+        path=path,
+        bytes=size,
+        sha256=hashing.sha256.hexdigest(),
+        rows=tuple(rows),
+        tokens=tuple(tokens),
+        **{kind: Members(*zip(*places, strict=True)) for kind, places in members.items()},
+    )
 
-    The bytes depend on the rows alone: no times, owners or modes from outside. A shard is written under a
-    temporary name, flushed to disk and renamed. ``max_shard_bytes`` is kept unless one block is larger.
-    """
 
-    def __init__(self, root: Path, split: str, max_shard_bytes: int) -> None:
-        self.root, self.split, self.max_shard_bytes = root, split, max_shard_bytes
-        self.rows = self.tokens = 0
-        self._shards: list[Shard] = []
-        self._blocks: list[Block] = []  # of the open shard
-        self._end = 0  # bytes of the open shard, without the end of the archive
-        self._file: BinaryIO | None = None
-        (root / split).mkdir(parents=True)
+def shard_bytes(rows: int, block_rows: int, seq_len: int, id_bytes: int) -> int:
+    """Size of a shard of so many rows."""
+    blocks, rest = divmod(rows, block_rows)
+    content = blocks * _block_bytes(block_rows, seq_len, id_bytes)
+    if rest:
+        content += _block_bytes(rest, seq_len, id_bytes)
+    return _padded(content + TAR_END_BYTES, TAR_RECORD_BYTES)
 
-    def write(self, rows: Rows) -> None:
-        """Append one block. Raises OSError when the disk does."""
-        arrays = {"ids": rows.ids, "len": rows.lengths, "seg": rows.segments}
-        contents = {kind: _npy_bytes(array) for kind, array in arrays.items()}
-        block_bytes = sum(TAR_BLOCK_BYTES + _padded(len(data), TAR_BLOCK_BYTES) for data in contents.values())
-        if (
-            self._blocks
-            and _padded(self._end + block_bytes + TAR_END_BYTES, TAR_RECORD_BYTES) > self.max_shard_bytes
-        ):
-            self._close_shard()
-        if self._file is None:
-            self._open_shard()
-        name = f"{sum(len(shard.blocks) for shard in self._shards) + len(self._blocks):08d}"
-        members = {}
-        for kind, data in contents.items():
-            members[kind] = Member(self._end + TAR_BLOCK_BYTES, len(data), zlib.crc32(data))
-            self._end += TAR_BLOCK_BYTES + _padded(len(data), TAR_BLOCK_BYTES)
-        self._tar.write({"__key__": name, **{f"{kind}.npy": data for kind, data in contents.items()}})
-        tokens = int(rows.lengths.sum(dtype=np.int64))
-        self._blocks.append(Block(name, len(rows.ids), tokens, **members))
-        self.rows += len(rows.ids)
-        self.tokens += tokens
 
-    def close(self) -> tuple[Shard, ...]:
-        """Complete the last shard; returns all shards in order."""
-        if self._file is not None:
-            self._close_shard()
-        return tuple(self._shards)
+def most_rows(max_shard_bytes: int, block_rows: int, seq_len: int, id_bytes: int) -> int:
+    """The most rows that a shard of ``max_shard_bytes`` holds."""
+    fit, too_many = 0, max_shard_bytes // (seq_len * id_bytes) + 1
+    while too_many - fit > 1:
+        middle = (fit + too_many) // 2
+        if shard_bytes(middle, block_rows, seq_len, id_bytes) <= max_shard_bytes:
+            fit = middle
+        else:
+            too_many = middle
+    return fit
 
-    def abort(self) -> None:
-        """Release the open file of a build that failed."""
-        if self._file is not None:
-            for opened in (self._tar, self._file):
-                with contextlib.suppress(OSError):  # what is still buffered may not fit on the disk either
-                    opened.close()
 
-    def _open_shard(self) -> None:
-        self._path = f"{self.split}/{len(self._shards):05d}.tar"
-        self._file = open(self.root / f"{self._path}.tmp", "wb")
-        self._hashing = _HashingFile(self._file)
-        self._tar = webdataset.TarWriter(self._hashing, user="", group="", mode=0o444, mtime=0, encoder=False)
-
-    def _close_shard(self) -> None:
-        assert self._file is not None
-        self._tar.close()
-        self._file.flush()
-        size = self._file.tell()
-        os.fsync(self._file.fileno())
-        self._file.close()
-        self._file = None
-        os.rename(self.root / f"{self._path}.tmp", self.root / self._path)
-        self._shards.append(Shard(self._path, size, self._hashing.sha256.hexdigest(), tuple(self._blocks)))
-        self._blocks, self._end = [], 0
+def _block_bytes(rows: int, seq_len: int, id_bytes: int) -> int:
+    arrays = (rows * seq_len * id_bytes, 2 * rows, 2 * rows)
+    header = len(_npy_bytes(np.empty((0, seq_len), np.uint16)))
+    return sum(TAR_BLOCK_BYTES + _padded(header + size, TAR_BLOCK_BYTES) for size in arrays)
 
 
 def _npy_bytes(array: NDArray[np.integer]) -> bytes:

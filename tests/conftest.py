@@ -6,9 +6,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from sharding.manifest import Manifest, SourceInfo, Split
+from sharding.manifest import FORMAT_VERSION, LeftOut, Manifest, SourceInfo, Split
 from sharding.packing import Packer
-from sharding.shards import ShardWriter
+from sharding.shards import write_shard
 from sharding.tokens import id_dtype, load_tokenizer, tokenizer_info
 
 SYLLABLES = ["ba", "de", "fi", "go", "ku", "la", "mi", "no", "pe", "ru", "sa", "te", "vo"]
@@ -61,26 +61,46 @@ def tiny_corpus(tmp_path_factory: pytest.TempPathFactory, tiny_tokenizer: Path) 
     info = tokenizer_info(tokenizer, str(tiny_tokenizer), None)
     random = np.random.default_rng(0)
     splits = {}
-    for split, documents in {"train": 480, "heldout": 60}.items():
-        packer = Packer(
-            seq_len=32,
-            block_rows=64,
-            cross_documents=True,
-            pad_id=info.pad_id,
-            cls_id=info.cls_id,
-            sep_id=info.sep_id,
-            dtype=id_dtype(info.vocab_size),
+    for split, shard_documents in {"train": [96] * 5, "heldout": [60]}.items():
+        (root / split).mkdir(parents=True)
+        shards = []
+        for number, documents in enumerate(shard_documents):
+            packer = Packer(
+                seq_len=32,
+                block_rows=64,
+                cross_documents=True,
+                pad_id=info.pad_id,
+                cls_id=info.cls_id,
+                sep_id=info.sep_id,
+                dtype=id_dtype(info.vocab_size),
+            )
+            blocks = []
+            for _ in range(documents):
+                # Each document keeps to a few words, so that there is something to learn.
+                topic = random.choice(len(tokenizer) - 5, size=8, replace=False) + 5
+                blocks += packer.add(random.choice(topic, size=int(random.integers(5, 75))))
+            blocks += packer.finish()
+            shards.append(write_shard(root, f"{split}/{number:05d}.tar", blocks))
+        splits[split] = Split(
+            documents=sum(shard_documents),
+            rows=sum(sum(shard.rows) for shard in shards),
+            tokens=sum(sum(shard.tokens) for shard in shards),
+            shards=tuple(shards),
         )
-        writer = ShardWriter(root, split, max_shard_bytes=20_480)
-        for _ in range(documents):
-            # Each document keeps to a few words, so that there is something to learn.
-            topic = random.choice(len(tokenizer) - 5, size=8, replace=False) + 5
-            for block in packer.add(random.choice(topic, size=int(random.integers(5, 75)))):
-                writer.write(block)
-        for block in packer.finish():
-            writer.write(block)
-        splits[split] = Split(documents, writer.rows, writer.tokens, writer.close())
     source = SourceInfo("text", ("made by tests/conftest.py",), None, None, None, 0, None)
-    manifest = Manifest(1, info, source, 32, "full", 64, 0.1, splits)
+    manifest = Manifest(
+        version=FORMAT_VERSION,
+        tokenizer=info,
+        source=source,
+        seq_len=32,
+        packing="full",
+        block_rows=64,
+        heldout_share=0.1,
+        shuffle_seed=None,
+        deduplicate="none",
+        near_threshold=None,
+        left_out=LeftOut(0, 0, 0, 0),
+        splits=splits,
+    )
     (root / "manifest.json").write_text(manifest.to_json(), encoding="utf-8")
     return root

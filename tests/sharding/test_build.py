@@ -1,22 +1,27 @@
-"""The build: the same bytes for any number of processes, and nothing half-written when it fails."""
+"""The build: the same bytes however it is run, nothing half-written, nothing made twice."""
 
 import contextlib
 import ctypes
+import fcntl
 import filecmp
+import gzip
 import json
 import logging
 import os
 import shutil
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import pytest
 
-from configs.corpus_schema import CorpusConfig, Packing, SourceConfig, SourceKind
-from sharding.build import build, is_heldout
+import sharding.prepare
+import sharding.sources
+from configs.corpus_schema import CorpusConfig, Deduplicate, Packing, SourceConfig, SourceKind
+from sharding.build import build, join, pack, prepare
 from sharding.manifest import CorpusError, open_corpus
+from sharding.prepare import is_heldout
 from sharding.stream import sequential
 from sharding.tokens import load_tokenizer
 from sharding.verify import verify
@@ -24,28 +29,39 @@ from tests.conftest import WORDS
 
 
 @pytest.fixture(scope="module")
-def text_file(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """300 documents of 3 to 120 words, one a line."""
+def text_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """300 documents of 3 to 120 words, one a line, in 6 files."""
     random = np.random.default_rng(1)
-    lines = [" ".join(random.choice(WORDS, size=int(random.integers(3, 120)))) for _ in range(300)]
-    path = tmp_path_factory.mktemp("text") / "words.txt"
-    path.write_text("\n".join(lines))
-    return path
+    folder = tmp_path_factory.mktemp("text")
+    for number in range(6):
+        lines = [" ".join(random.choice(WORDS, size=int(random.integers(3, 120)))) for _ in range(50)]
+        (folder / f"words{number}.txt").write_text("\n".join(lines))
+    return folder
 
 
 @pytest.fixture
-def config(text_file: Path, tiny_tokenizer: Path, tmp_path: Path) -> CorpusConfig:
+def config(text_folder: Path, tiny_tokenizer: Path, tmp_path: Path) -> CorpusConfig:
     return CorpusConfig(
         output=str(tmp_path / "corpus"),
-        source=SourceConfig(kind=SourceKind.text, path=str(text_file), one_per_line=True),
+        source=SourceConfig(kind=SourceKind.text, path=str(text_folder), one_per_line=True),
         tokenizer=str(tiny_tokenizer),
         seq_len=32,
         block_rows=64,
-        max_shard_bytes=30_000,
+        max_shard_bytes=20_480,
         min_document_chars=20,
         heldout_share=0.1,
         processes=1,
     )
+
+
+def source_documents(folder: Path) -> dict[str, str]:
+    """Id and text of all documents, read without our code."""
+    return {
+        f"{path.name}@{content.index(line)}": line
+        for path in sorted(folder.iterdir())
+        for content in [path.read_text()]
+        for line in content.split("\n")
+    }
 
 
 def files_of(folder: Path) -> dict[str, bytes]:
@@ -56,16 +72,26 @@ def assert_nothing_left(config: CorpusConfig) -> None:
     assert [path.name for path in Path(config.output).parent.iterdir()] == []
 
 
+def stored_documents(config: CorpusConfig, split: str) -> list[tuple[int, ...]]:
+    """The documents that the rows of a split hold, in their order; packing ``document``, none over a row."""
+    corpus = open_corpus(config.output)
+    (batch,) = sequential(corpus, split, rows=10**6, batch_rows=10**6, rank=0, world_size=1)
+    lengths = batch.length_B.tolist()
+    return [tuple(row[1 : length - 1]) for row, length in zip(batch.ids_BS.tolist(), lengths, strict=True)]
+
+
 @pytest.mark.parametrize("packing", list(Packing))
 def test_rows_are_the_documents(config: CorpusConfig, packing: Packing) -> None:
-    config.packing = packing
+    config.packing, config.shuffle_seed = packing, None
     manifest = build(config, progress=False)
     corpus = open_corpus(config.output)
     assert corpus.manifest == manifest and verify(corpus) == []
     tokenizer = load_tokenizer(config.tokenizer, None)
-    lines = Path(config.source.path).read_text().split("\n")
-    kept = {f"words.txt:{number}": line for number, line in enumerate(lines, 1) if len(line) >= 20}
+    kept = {id_: line for id_, line in source_documents(Path(config.source.path)).items() if len(line) >= 20}
     assert sum(split.documents for split in manifest.splits.values()) == len(kept) < 300
+    assert manifest.left_out.too_short == 300 - len(kept)
+    assert len(manifest.splits["train"].shards) > 3
+    assert all(shard.bytes <= 20_480 for split in manifest.splits.values() for shard in split.shards)
     for name, split in manifest.splits.items():
         ids = [
             token
@@ -79,23 +105,66 @@ def test_rows_are_the_documents(config: CorpusConfig, packing: Packing) -> None:
         assert split.tokens == int(batch.length_B.sum())
 
 
-def test_the_same_bytes_for_any_number_of_processes(
-    config: CorpusConfig, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    import sharding.prepare
+def test_shuffling_permutes_the_documents_of_all_parts(config: CorpusConfig) -> None:
+    config.packing, config.seq_len = Packing.document, 200
+    config.max_shard_bytes = 61_440
+    orders = {}
+    for seed in (None, 0, 1):
+        config.shuffle_seed, config.output = seed, f"{config.output}{seed}"
+        assert build(config, progress=False).shuffle_seed == seed
+        orders[seed] = stored_documents(config, "train")
+    source, *shuffled = orders.values()
+    assert all(sorted(order) == sorted(source) and order != source for order in shuffled)
+    assert shuffled[0] != shuffled[1]
+    place = {ids: number for number, ids in enumerate(source)}
+    for order in shuffled:  # from one end of the source to the other: not within parts alone
+        places = np.array([place[ids] for ids in order])
+        assert abs(np.corrcoef(places, np.arange(places.size))[0, 1]) < 0.2
+        assert np.abs(np.diff(places)).mean() > len(source) / 5
 
-    monkeypatch.setattr(
-        sharding.prepare, "BATCH_DOCUMENTS", 7
-    )  # many batches, so that workers overtake each other
+
+def test_the_same_bytes_for_any_number_of_processes_and_tasks(config: CorpusConfig) -> None:
     built = []
     for processes in (1, 2, 3):
         built.append(replace(config, output=f"{config.output}{processes}", processes=processes))
         build(built[-1], progress=False)
+    for tasks in (1, 2, 5):
+        built.append(replace(config, output=f"{config.output}-{tasks}", processes=2))
+        for task in reversed(range(tasks)):
+            prepare(built[-1], task, tasks, progress=False)
+        for task in range(tasks):
+            pack(built[-1], task, tasks, progress=False)
+        join(built[-1])
     first, *others = (files_of(Path(each.output)) for each in built)
     assert "manifest.json" in first and len(first) > 4
     assert all(other == first for other in others)
+    assert not list(Path(config.output).parent.glob("*.partial"))
     text = first["manifest.json"].decode()
     assert str(Path(config.source.path).parent) not in text and str(Path(config.tokenizer).parent) not in text
+
+
+def test_a_sequential_source_gives_the_same_bytes(
+    config: CorpusConfig, tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """One compressed stream, read by the parent and dealt out in pieces, some of which are there already."""
+    folder = tmp_path_factory.mktemp("gz")
+    with gzip.open(folder / "words.txt.gz", "wt") as file:
+        file.write("\n".join(source_documents(Path(config.source.path)).values()))
+    config.source.path = str(folder)
+    monkeypatch.setattr(sharding.sources, "PART_BYTES", 1_000)
+    monkeypatch.setattr(sharding.prepare, "PIECE_CHARS", 9_000)
+    built = []
+    for processes in (1, 3):
+        built.append(replace(config, output=f"{config.output}{processes}", processes=processes))
+        prepare(built[-1], 0, 1, progress=False)
+        runs = sorted(Path(f"{built[-1].output}.partial/runs").iterdir())
+        assert len(runs) > 10
+        if processes == 3:
+            for path in (runs[0], runs[4], runs[5], runs[-1]):
+                path.unlink()
+        build(built[-1], progress=False)
+    assert files_of(Path(built[0].output)) == files_of(Path(built[1].output))
+    assert sum(split.documents for split in open_corpus(built[0].output).manifest.splits.values()) > 280
 
 
 def test_heldout_membership_hangs_on_the_id_alone() -> None:
@@ -111,6 +180,7 @@ def test_wiki_markup_becomes_text(config: CorpusConfig, tmp_path: Path) -> None:
     markup = "'''Bade''' [[gofi|kula]] {{x|mino}}" + " pesa" * 20
     (tmp_path / "d.xml").write_bytes(dump_xml([(page, 0, markup, "") for page in range(40)]))
     config.source = SourceConfig(kind=SourceKind.mediawiki, path=str(tmp_path / "d.xml"), revision="20160305")
+    config.deduplicate = Deduplicate.none
     manifest = build(config, progress=False)
     assert manifest.source.revision == "20160305" and manifest.source.names == ("d.xml",)
     corpus = open_corpus(config.output)
@@ -119,23 +189,26 @@ def test_wiki_markup_becomes_text(config: CorpusConfig, tmp_path: Path) -> None:
     assert words[:6] == ["[CLS]", "bade", "kula", "pesa", "pesa", "pesa"]
 
 
-def test_pages_that_defeat_the_parser_are_counted_and_named(
-    config: CorpusConfig, tmp_path: Path, caplog: pytest.LogCaptureFixture
-) -> None:
-    from sharding.prepare import Recipe, Worker
-    from sharding.sources import Document
-
+@pytest.mark.parametrize("most", [1, 50, 120, 1000])
+def test_max_documents(config: CorpusConfig, most: int) -> None:
+    config.max_documents, config.heldout_share, config.seq_len = most, 0, 200
+    config.packing, config.shuffle_seed, config.deduplicate = Packing.document, None, Deduplicate.none
+    manifest = build(config, progress=False)
+    wanted = list(source_documents(Path(config.source.path)).values())[:most]
+    long_enough = [line for line in wanted if len(line) >= 20]
+    assert manifest.left_out.too_short == len(wanted) - len(long_enough)
     tokenizer = load_tokenizer(config.tokenizer, None)
-    worker = Worker(Recipe(tokenizer.backend_tokenizer.to_str(), len(tokenizer), (0, 2, 3), True, 1))
-    pages = [Document("1", "bade"), Document("2", "[[a|{{b|" * 20_000), Document("3", "mino")]
-    prepared = worker.prepare(pages)
-    assert [name for name, _ in prepared.documents] == ["1", "3"] and prepared.unparsed == ["2"]
-    assert (prepared.read, prepared.too_short) == (3, 0)
+    expected = [tuple(tokenizer(line, add_special_tokens=False)["input_ids"]) for line in long_enough]
+    assert stored_documents(config, "train") == expected
 
 
-def test_max_documents(config: CorpusConfig) -> None:
-    config.max_documents, config.min_document_chars = 50, 0
-    assert sum(split.documents for split in build(config, progress=False).splits.values()) == 50
+def test_max_documents_does_not_read_the_rest(config: CorpusConfig) -> None:
+    config.max_documents, config.processes = 60, 1
+    prepare(config, 0, 1, progress=False)
+    indices = list(Path(f"{config.output}.partial/runs").glob("*.npz"))
+    assert 2 <= len(indices) <= 5  # two are needed; a few more may be under way by then
+    pack(config, 0, 1, progress=False)
+    assert sum(split.documents for split in join(config).splits.values()) > 50
 
 
 def test_no_heldout_split(config: CorpusConfig) -> None:
@@ -164,14 +237,18 @@ def test_an_empty_corpus(config: CorpusConfig) -> None:
 
 
 def test_a_source_that_breaks_in_the_middle(
-    config: CorpusConfig, tmp_path_factory: pytest.TempPathFactory
+    config: CorpusConfig, tmp_path_factory: pytest.TempPathFactory, caplog: pytest.LogCaptureFixture
 ) -> None:
-    path = tmp_path_factory.mktemp("bad") / "b.jsonl"
-    path.write_text("".join(json.dumps({"text": "bade " * 50}) + "\n" for _ in range(2_000)) + "{broken\n")
-    config.source = SourceConfig(kind=SourceKind.jsonl, path=str(path))
-    with pytest.raises(CorpusError, match="b.jsonl:2001 is not JSON"):
+    folder = tmp_path_factory.mktemp("bad")
+    good = "".join(json.dumps({"text": f"bade {number} " * 50}) + "\n" for number in range(2_000))
+    (folder / "a.jsonl").write_text(good)
+    (folder / "b.jsonl").write_text(good + "{broken\n")
+    config.source = SourceConfig(kind=SourceKind.jsonl, path=str(folder))
+    with pytest.raises(CorpusError, match="b.jsonl.* is not JSON"):
         build(config, progress=False)
-    assert_nothing_left(config)
+    assert not Path(config.output).exists()
+    if caplog.records:  # the first file was finished before
+        assert "the same command goes on with it" in caplog.text
 
 
 def test_an_existing_corpus_is_kept_unless_told(config: CorpusConfig) -> None:
@@ -199,25 +276,82 @@ def test_a_folder_that_is_no_corpus_is_never_replaced(config: CorpusConfig) -> N
     assert (Path(config.output) / "thesis.tex").read_text() == "years of work"
 
 
-def test_what_a_killed_build_left_is_replaced(config: CorpusConfig) -> None:
-    stale = Path(f"{config.output}.partial")
-    (stale / "train").mkdir(parents=True)
-    (stale / "train" / "00000.tar.tmp").write_bytes(b"half")
-    build(config, progress=False)
-    assert verify(open_corpus(config.output)) == [] and not stale.exists()
+def test_finished_runs_and_shards_are_not_made_again(config: CorpusConfig) -> None:
+    plain = replace(config, output=f"{config.output}-plain")
+    build(plain, progress=False)
+    partial = Path(f"{config.output}.partial")
+    prepare(config, 0, 1, progress=False)
+    pack(config, 0, 2, progress=False)
+    (partial / "runs" / ".killed.tmp").write_bytes(b"half")
+    (partial / "corpus" / "train" / ".killed.tmp").write_bytes(b"half")
+    assert len(list(partial.glob("shards/*/*.json"))) >= 2
+
+    def identities() -> dict[Path, int]:
+        made = [*partial.glob("runs/*.*"), *partial.glob("corpus/*/*.tar")]
+        return {path: path.stat().st_ino for path in made}
+
+    before = identities()
+    prepare(config, 0, 1, progress=False)
+    pack(config, 0, 1, progress=False)
+    after = identities()
+    assert before.items() <= after.items() and len(before) < len(after)
+    assert build(config, progress=False) == open_corpus(plain.output).manifest
+    assert files_of(Path(config.output)) == files_of(Path(plain.output))
+    assert not partial.exists()
 
 
-def test_two_builds_of_one_output(config: CorpusConfig) -> None:
-    import fcntl
+def test_steps_that_come_too_early_name_what_is_missing(config: CorpusConfig) -> None:
+    prepare(config, 1, 2, progress=False)
+    with pytest.raises(CorpusError, match="3 of 6 parts .* not prepared: 00000-.*--stage prepare"):
+        pack(config, 0, 1, progress=False)
+    prepare(config, 0, 2, progress=False)
+    pack(config, 0, 2, progress=False)
+    with pytest.raises(CorpusError, match=r"shards are not finished: train/00001.tar.*--stage pack"):
+        join(config)
+    (Path(f"{config.output}.partial") / "corpus/train/00000.tar").unlink()
+    with pytest.raises(CorpusError, match=r"shards are not finished: train/00000.tar, train/00001.tar"):
+        join(config)
 
+
+def test_another_build_does_not_go_on_with_the_work_of_this_one(config: CorpusConfig) -> None:
+    prepare(config, 0, 2, progress=False)
+    other = replace(config, seq_len=16, shuffle_seed=None, processes=2, source=replace(config.source))
+    other.source.revision = "2"
+    with pytest.raises(CorpusError) as error:
+        build(other, progress=False)
+    message = str(error.value)
+    assert "seq_len: 32 then, 16 now" in message and "shuffle_seed: 0 then, None now" in message
+    assert "source.revision: None then, '2' now" in message and "processes" not in message
+    assert "finish that one, remove the folder, or choose another output" in message
+    assert build(replace(config, processes=2), progress=False).seq_len == 32
+
+
+def test_a_folder_under_the_partial_name_that_is_no_builds(config: CorpusConfig) -> None:
+    (Path(f"{config.output}.partial") / "runs").mkdir(parents=True)
+    with pytest.raises(CorpusError, match="was not left by a build"):
+        build(config, progress=False)
+
+
+@pytest.mark.parametrize("stage", [build, join, lambda config, **kwargs: prepare(config, 0, 1, **kwargs)])
+def test_two_builds_of_one_output(config: CorpusConfig, stage: Callable[..., object]) -> None:
     partial = Path(f"{config.output}.partial")
     partial.mkdir()
-    descriptor = os.open(partial, os.O_RDONLY)
-    fcntl.flock(descriptor, fcntl.LOCK_EX)
-    with pytest.raises(CorpusError, match="another build is writing"):
-        build(config, progress=False)
-    os.close(descriptor)
+    with open(partial / "lock", "w") as file:
+        fcntl.flock(file, fcntl.LOCK_EX)
+        with pytest.raises(CorpusError, match="another build is writing"):
+            stage(config, **({} if stage is join else {"progress": False}))
     assert partial.exists()
+
+
+def test_tasks_work_at_the_same_time_but_not_beside_a_whole_build(config: CorpusConfig) -> None:
+    partial = Path(f"{config.output}.partial")
+    partial.mkdir()
+    with open(partial / "lock", "w") as file:
+        fcntl.flock(file, fcntl.LOCK_SH)
+        prepare(config, 0, 1, progress=False)
+        with pytest.raises(CorpusError, match="another build is writing"):
+            build(config, progress=False)
+    build(config, progress=False)
 
 
 @contextlib.contextmanager
@@ -233,16 +367,29 @@ def small_disk(folder: Path, size: int) -> Iterator[Path]:
         libc.umount2(str(folder).encode(), 2)
 
 
-@pytest.mark.parametrize("size", [8_192, 40_960])
-def test_no_space_left(config: CorpusConfig, tmp_path: Path, size: int) -> None:
+def resize(disk: Path, size: int) -> None:
+    remount = 32
+    assert not ctypes.CDLL(None).mount(
+        b"tmpfs", str(disk).encode(), b"tmpfs", remount, f"size={size}".encode()
+    )
+
+
+@pytest.mark.parametrize("size", [16_384, 90_112, 122_880])
+def test_no_space_left_and_then_some(config: CorpusConfig, tmp_path: Path, size: int) -> None:
+    plain = replace(config, output=f"{config.output}-plain")
+    build(plain, progress=False)
     with small_disk(tmp_path / "disk", size) as disk:
         config.output = str(disk / "corpus")
         with pytest.raises(
             CorpusError, match=f"no space left for {config.output}: .*bytes are needed"
         ) as error:
             build(config, progress=False)
-        assert f"{config.output}.partial" in str(error.value)
-        assert list(disk.iterdir()) == []
+        assert f"{config.output}.partial" in str(error.value) and not Path(config.output).exists()
+        done = len(list(disk.rglob("*.npz")))
+        assert done == 0 if size == 16_384 else done > 1
+        resize(disk, 1 << 20)
+        build(config, progress=False)
+        assert files_of(Path(config.output)) == files_of(Path(plain.output))
 
 
 def test_output_that_cannot_be_written(config: CorpusConfig, tmp_path: Path) -> None:

@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from sharding.files import install_folder, new_folder, sha256, sync, write_text
+from sharding.files import UNFINISHED, install_folder, new_file, new_folder, sha256, sync, write_text
 
 
 def folder_of(path: Path, text: str) -> Path:
@@ -75,6 +75,28 @@ def test_what_a_killed_process_left_is_not_mixed_in(tmp_path: Path) -> None:
     with new_folder(tmp_path / "final") as partial:
         (partial / "other").write_text("new")
     assert [path.name for path in tmp_path.rglob("*")] == ["final", "other"]
+
+
+def test_a_new_file_appears_when_it_is_filled(tmp_path: Path) -> None:
+    final = tmp_path / "final"
+    for content in (b"first", b"second"):
+        with new_file(final) as file:
+            file.write(content)
+            assert [path for path in tmp_path.glob(UNFINISHED) if path != final]
+            assert final.exists() == (content == b"second")
+        assert final.read_bytes() == content and list(tmp_path.iterdir()) == [final]
+    with pytest.raises(KeyboardInterrupt), new_file(final) as file:
+        file.write(b"half")
+        raise KeyboardInterrupt
+    assert final.read_bytes() == b"second" and list(tmp_path.iterdir()) == [final]
+
+
+def test_two_writers_of_a_file_do_not_meet(tmp_path: Path) -> None:
+    final = tmp_path / "final"
+    with new_file(final) as one, new_file(final) as other:
+        one.write(b"one")
+        other.write(b"other")
+    assert final.read_bytes() == b"one" and list(tmp_path.iterdir()) == [final]  # the outer one ends last
 
 
 def test_sync_takes_files_and_folders(tmp_path: Path) -> None:

@@ -6,6 +6,7 @@ import json
 import shutil
 import tarfile
 import zlib
+from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
@@ -14,7 +15,7 @@ import webdataset
 
 from sharding.manifest import CorpusError, Member, open_corpus
 from sharding.packing import Rows
-from sharding.shards import ShardWriter
+from sharding.shards import most_rows, shard_bytes, write_shard
 from sharding.stream import sequential
 
 
@@ -38,7 +39,10 @@ def test_webdataset_reads_the_same_rows(tiny_corpus: Path) -> None:
     (ours,) = sequential(corpus, "train", rows=rows, batch_rows=rows, rank=0, world_size=1)
     for key, tensor in {"ids.npy": ours.ids_BS, "len.npy": ours.length_B, "seg.npy": ours.segment_B}.items():
         assert np.array_equal(np.concatenate([sample[key] for sample in samples]), tensor.numpy())
-    assert [sample["__key__"] for sample in samples] == [f"{i:08d}" for i in range(len(samples))]
+    assert [sample["__key__"] for sample in samples] == [
+        block.name for shard in corpus.split("train").shards for block in shard.blocks
+    ]
+    assert samples[0]["__key__"] == "00000-0000" and len({s["__key__"] for s in samples}) == len(samples)
 
 
 def test_manifest_places_members_where_tarfile_finds_them(tiny_corpus: Path) -> None:
@@ -63,28 +67,44 @@ def test_manifest_places_members_where_tarfile_finds_them(tiny_corpus: Path) -> 
 def test_shards_are_deterministic_plain_tars(tmp_path: Path) -> None:
     shards = []
     for name in ("a", "b"):
-        writer = ShardWriter(tmp_path / name, "train", max_shard_bytes=10_240)
-        for seed in range(5):
-            writer.write(some_rows(40, seed))
-        shards.append(writer.close())
-    assert shards[0] == shards[1] and len(shards[0]) > 1
-    for shard in shards[0]:
-        content = (tmp_path / "a" / shard.path).read_bytes()
-        assert content == (tmp_path / "b" / shard.path).read_bytes()
-        assert len(content) == shard.bytes <= 10_240
-        with tarfile.open(fileobj=io.BytesIO(content)) as tar:
-            for info in tar:
-                owner = (info.mtime, info.uid, info.gid, info.uname, info.gname, info.mode)
-                assert owner == (0, 0, 0, "", "", 0o444)
-                assert info.pax_headers == {} and info.isreg()
-    assert not list(tmp_path.rglob("*.tmp"))
+        (tmp_path / name / "train").mkdir(parents=True)
+        blocks = (some_rows(40, seed) for seed in range(5))
+        shards.append(write_shard(tmp_path / name, "train/00007.tar", blocks))
+    assert shards[0] == shards[1]
+    content = (tmp_path / "a" / "train/00007.tar").read_bytes()
+    assert content == (tmp_path / "b" / "train/00007.tar").read_bytes()
+    assert len(content) == shards[0].bytes
+    with tarfile.open(fileobj=io.BytesIO(content)) as tar:
+        for info in tar:
+            owner = (info.mtime, info.uid, info.gid, info.uname, info.gname, info.mode)
+            assert owner == (0, 0, 0, "", "", 0o444)
+            assert info.pax_headers == {} and info.isreg()
+    assert [path.name for path in (tmp_path / "a" / "train").iterdir()] == ["00007.tar"]
 
 
-def test_a_block_larger_than_the_limit_has_a_shard_of_its_own(tmp_path: Path) -> None:
-    writer = ShardWriter(tmp_path, "train", max_shard_bytes=1)
-    for seed in range(3):
-        writer.write(some_rows(40, seed))
-    assert [len(shard.blocks) for shard in writer.close()] == [1, 1, 1]
+@pytest.mark.parametrize("rows", [1, 39, 40, 41, 200])
+@pytest.mark.parametrize("dtype", [np.uint16, np.uint32])
+def test_the_size_of_a_shard_is_known_before(tmp_path: Path, rows: int, dtype: type) -> None:
+    every = some_rows(rows, 0)
+    blocks = [
+        Rows(every.ids[at : at + 40].astype(dtype), every.lengths[at : at + 40], every.segments[at : at + 40])
+        for at in range(0, rows, 40)
+    ]
+    shard = write_shard(tmp_path, "00000.tar", blocks)
+    size = np.dtype(dtype).itemsize
+    assert shard.bytes == shard_bytes(rows, 40, 16, size) == (tmp_path / "00000.tar").stat().st_size
+    most = most_rows(shard.bytes, 40, 16, size)
+    assert shard_bytes(most, 40, 16, size) == shard.bytes < shard_bytes(most + 1, 40, 16, size)
+
+
+def test_a_shard_that_fails_leaves_no_file(tmp_path: Path) -> None:
+    def blocks() -> Iterator[Rows]:
+        yield some_rows(40, 0)
+        raise OSError("the disk is gone")
+
+    with pytest.raises(OSError, match="the disk is gone"):
+        write_shard(tmp_path, "00000.tar", blocks())
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_manifest_survives_the_round_trip(tiny_corpus: Path) -> None:
@@ -121,10 +141,11 @@ def test_a_folder_that_is_no_corpus(tmp_path: Path) -> None:
     ("change", "message"),
     [
         (lambda text: text[:-200], "cannot be read"),
-        (lambda text: text.replace('"rows": 64', '"rows": 65', 1), "does not match its own fingerprint"),
+        (lambda text: text.replace('"rows":[64', '"rows":[65', 1), "does not match its own fingerprint"),
+        (lambda text: json.dumps(json.loads(text), indent=1), "does not match its own fingerprint"),
         (
-            lambda text: text.replace('"version": 1', '"version": 2'),
-            "format version 2, this code reads version 1",
+            lambda text: text.replace('"version":2', '"version":1'),
+            "format version 1, this code reads version 2",
         ),
         (lambda text: "[]", "format version None"),
     ],
