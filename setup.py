@@ -14,8 +14,8 @@ setup(
     python_requires=">=3.10",
     install_requires=[
         "aiohttp>=3.9",  # corpora over http(s)
-        "datasets>=4.6",  # the first whose streams split Parquet files by row group
-        "datasketch>=1.6",
+        "datasets>=5.2",  # earlier ones do not split Parquet files by row group, or not rightly
+        "datasketch>=2",
         "deepspeed>=0.18,<0.20",  # 0.19.8 is what the tests run
         "fsspec>=2024.6",
         "matplotlib>=3.8",
