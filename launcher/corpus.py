@@ -1,6 +1,7 @@
 """Build, verify, describe and read a corpus.
 
     python launcher/corpus.py build [--config corpus.yaml] [key=value ...]
+    python launcher/corpus.py build --stage prepare|pack|join [--task 0/8] ...      as a job array, one by one
     python launcher/corpus.py verify FOLDER
     python launcher/corpus.py stat FOLDER [--json] [--figure lengths.png]
     python launcher/corpus.py peek FOLDER [--split heldout] [--position P --seed S | --stored N] [--rows 5]
@@ -49,14 +50,19 @@ def _parser() -> argparse.ArgumentParser:
     commands = parser.add_subparsers(dest="command", required=True)
 
     build = commands.add_parser("build", help="build a corpus from text")
-    build.set_defaults(run=_build, when_interrupted="; nothing is left of the build")
+    build.set_defaults(run=_build, when_interrupted="; the same command goes on where it was")
     build.add_argument("--config", type=Path, help="YAML file with keys of CorpusConfig")
+    build.add_argument(
+        "--stage", choices=("prepare", "pack", "join"), help="one stage alone, as in a job array"
+    )
+    build.add_argument("--task", type=_task, help="I/N: the share I, from 0, of N of prepare or pack")
     build.add_argument(
         "overrides", nargs="*", metavar="key=value", help="such as output=corpora/wiki seq_len=128"
     )
 
     verify = commands.add_parser("verify", help="read every byte and report all damage")
     verify.set_defaults(run=_verify)
+    verify.add_argument("--processes", type=_positive, help="one per core if not given")
 
     stat = commands.add_parser("stat", help="count documents, rows and tokens")
     stat.set_defaults(run=_stat)
@@ -94,15 +100,28 @@ def _positive(text: str) -> int:
     return number
 
 
+def _task(text: str) -> tuple[int, int]:
+    task, tasks = map(int, text.split("/"))
+    if not 0 <= task < tasks:
+        raise argparse.ArgumentTypeError(f"{text} is not one of 0/{tasks} .. {tasks - 1}/{tasks}")
+    return task, tasks
+
+
 def _ranks(text: str) -> list[int]:
     return [_positive(part) for part in text.split(",")]
 
 
 def _build(options: argparse.Namespace) -> int:
-    from sharding.build import build
+    from sharding.build import build, join, pack, prepare
 
+    if options.task and options.stage not in ("prepare", "pack"):
+        raise CorpusError(f"--task goes with --stage prepare or pack, not with --stage {options.stage}")
     config = load_config(CorpusConfig, options.config, options.overrides)
-    manifest = build(config, progress=True)
+    if options.stage in ("prepare", "pack"):
+        stage = prepare if options.stage == "prepare" else pack
+        stage(config, *(options.task or (0, 1)), progress=True)
+        return 0
+    manifest = join(config) if options.stage == "join" else build(config, progress=True)
     for name, split in manifest.splits.items():
         print(f"{name}: {split.documents:,} documents, {split.rows:,} rows, {split.tokens:,} tokens")
     print(f"corpus {config.output}, fingerprint {manifest.fingerprint}")
@@ -113,7 +132,7 @@ def _verify(options: argparse.Namespace) -> int:
     from sharding.verify import verify
 
     corpus = read_manifest(options.folder)
-    problems = verify(corpus, progress=True)
+    problems = verify(corpus, progress=True, workers=options.processes)
     for problem in problems:
         print(problem)
     if problems:
@@ -170,7 +189,7 @@ def _simulate(options: argparse.Namespace) -> int:
 
     corpus = read_manifest(options.folder)
     found = simulate(
-        [block.rows for shard in corpus.split(options.split).shards for block in shard.blocks],
+        [rows for shard in corpus.split(options.split).shards for rows in shard.rows],
         ranks=options.ranks,
         global_batch_rows=options.global_batch_rows,
         epochs=options.epochs,

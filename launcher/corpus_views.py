@@ -15,9 +15,10 @@ def show_statistics(counts: dict[str, Any]) -> None:
     """Print what ``sharding.statistics.statistics`` counted."""
     console = Console()
     splits = counts["splits"]
-    for key, value in counts.items():
-        if key != "splits" and value is not None:
-            console.print(f"{key:>17}  {value}", highlight=False, soft_wrap=True, markup=False)
+    left_out = {f"left out, {reason.replace('_', ' ')}": f"{n:,}" for reason, n in counts["left_out"].items()}
+    for key, value in {**counts, **left_out}.items():
+        if key not in ("splits", "left_out") and value is not None:
+            console.print(f"{key:>27}  {value}", highlight=False, soft_wrap=True, markup=False)
     table = Table()
     table.add_column("")
     for name in splits:

@@ -1,6 +1,7 @@
 """What a corpus holds: counts, and the distribution of row lengths as numbers and as a figure."""
 
 from collections.abc import Mapping
+from dataclasses import asdict
 from multiprocessing.pool import ThreadPool
 from pathlib import Path
 from typing import Any
@@ -48,6 +49,7 @@ def statistics(corpus: Corpus, lengths: Lengths) -> dict[str, Any]:
         "vocab_size": manifest.tokenizer.vocab_size,
         "seq_len": manifest.seq_len,
         "packing": manifest.packing,
+        "left_out": asdict(manifest.left_out),
         "splits": {
             name: _split_statistics(split, manifest.seq_len, lengths[name])
             for name, split in _largest_first(corpus).items()
@@ -73,7 +75,7 @@ def _split_statistics(split: Split, seq_len: int, lengths: NDArray[np.int64]) ->
         "padding_share": 1 - split.tokens / (split.rows * seq_len),
         "bytes": sum(shard.bytes for shard in split.shards),
         "shards": len(split.shards),
-        "blocks": sum(len(shard.blocks) for shard in split.shards),
+        "blocks": sum(len(shard.rows) for shard in split.shards),
         "rows_by_length": {
             f"{low + 1}-{high}": int(lengths[low + 1 : high + 1].sum())
             for low, high in zip(edges[:-1], edges[1:], strict=True)

@@ -3,14 +3,9 @@
 import errno
 import hashlib
 import os
-import signal
 import tarfile
-import threading
 from collections.abc import Iterator, Sequence
-from concurrent.futures import ProcessPoolExecutor
-from concurrent.futures.process import BrokenProcessPool
 from functools import partial
-from multiprocessing import get_context, parent_process
 
 import numpy as np
 from tqdm import tqdm
@@ -19,6 +14,7 @@ from sharding.blocks import Rows, parse_block
 from sharding.manifest import Block, Corpus, CorpusError, Shard, TokenizerInfo, size_problems
 from sharding.store import Store
 from sharding.tokens import id_dtype
+from sharding.workers import in_workers
 
 TAR_END_BYTES = 2 * tarfile.BLOCKSIZE
 BYTES_PER_WORKER = 2**29  # a process takes about a second to start, in which another reads this much
@@ -43,57 +39,40 @@ def verify(corpus: Corpus, *, progress: bool = False, workers: int | None = None
     with tqdm(
         total=total_bytes, desc="verify", unit="B", unit_scale=True, disable=None if progress else True
     ) as bar:
-        for shard, found in zip(shards, _check(corpus, shards, workers), strict=True):
-            problems += found
-            bar.update(shard.bytes)
+        found: dict[int, list[str]] = {}
+        for number, told in _check(corpus, shards, workers):
+            found[number] = told
+            bar.update(shards[number].bytes)
+    problems += [problem for number in sorted(found) for problem in found[number]]
     for name, split in corpus.manifest.splits.items():
-        blocks = [block for shard in split.shards for block in shard.blocks]
-        counted = (sum(block.rows for block in blocks), sum(block.tokens for block in blocks))
+        counted = (
+            sum(sum(shard.rows) for shard in split.shards),
+            sum(sum(shard.tokens) for shard in split.shards),
+        )
         if (split.rows, split.tokens) != counted:
             problems.append(f"split {name}: the manifest's rows and tokens are not the sums of its blocks'")
     return problems
 
 
-def _check(corpus: Corpus, shards: Sequence[Shard], workers: int) -> Iterator[list[str]]:
-    """The problems of each shard, in order."""
+def _check(corpus: Corpus, shards: Sequence[Shard], workers: int) -> Iterator[tuple[int, list[str]]]:
+    """The number of each shard and what is wrong with it, as they are ready."""
     # Not the corpus: it would travel to the workers, all its blocks, with every shard.
     check = partial(_shard_problems, corpus.store, corpus.manifest.tokenizer, corpus.manifest.seq_len)
-    if workers == 1:
-        yield from map(check, shards)
-        return
-    # Processes: the many small steps of a block keep threads waiting for each other (1.1x with two). Spawned:
-    # what a remote store runs in threads does not survive a fork.
-    with ProcessPoolExecutor(workers, get_context("spawn"), _start_worker) as pool:
-        try:
-            yield from pool.map(check, shards)
-        except BrokenProcessPool as error:
-            raise CorpusError(
-                f"a worker process was killed, most often because memory ran out: each of {workers} holds a "
-                "shard; verify on a machine with more memory, or on fewer cores (`taskset`)"
-            ) from error
+    # Processes: the many small steps of a block keep threads waiting for each other (1.1x with two).
+    return map(check, enumerate(shards)) if workers == 1 else in_workers(check, enumerate(shards), workers)
 
 
-def _start_worker() -> None:
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the parent's, which ends its workers
-    threading.Thread(target=_end_with_parent, daemon=True).start()
-
-
-def _end_with_parent() -> None:
-    """A worker of a parent that was killed would wait for work for ever."""
-    parent = parent_process()
-    assert parent is not None
-    parent.join()
-    os._exit(1)
-
-
-def _shard_problems(store: Store, tokenizer: TokenizerInfo, seq_len: int, shard: Shard) -> list[str]:
-    """What is wrong with the contents of one shard, which is read whole."""
+def _shard_problems(
+    store: Store, tokenizer: TokenizerInfo, seq_len: int, numbered: tuple[int, Shard]
+) -> tuple[int, list[str]]:
+    """What is wrong with the contents of one shard, which is read whole; with its number."""
+    number, shard = numbered
     path = f"{store.location}/{shard.path}"
     try:
         content = store.read(shard.path, 0, shard.bytes)
     except OSError as error:
         # A missing shard has been named together with the sizes.
-        return [] if error.errno == errno.ENOENT else [f"{path} cannot be read: {error}"]
+        return number, [] if error.errno == errno.ENOENT else [f"{path} cannot be read: {error}"]
     problems = []
     digest = hashlib.sha256(content).hexdigest()
     if digest != shard.sha256:
@@ -108,7 +87,7 @@ def _shard_problems(store: Store, tokenizer: TokenizerInfo, seq_len: int, shard:
             continue
         wrong = _row_problems(tokenizer, seq_len, rows, block)
         problems += [f"{path}: block {block.name}: {problem}" for problem in wrong]
-    return problems
+    return number, problems
 
 
 def _archive_problems(shard: Shard, content: bytes) -> Iterator[str]:

@@ -1,4 +1,4 @@
-"""Worker processes of a build: spawned, silent on Ctrl-C, gone when their parent is."""
+"""Worker processes: spawned, silent on Ctrl-C, gone when their parent is."""
 
 import multiprocessing
 import os
@@ -39,7 +39,7 @@ def in_workers(function: Callable[[Job], Result], jobs: Iterable[Job], processes
             yield from (future.result() for future in done)
     except BrokenProcessPool as error:
         raise CorpusError(
-            "a worker process of the build was killed, most often because memory ran out; "
+            "a worker process was killed, most often because memory ran out; "
             f"set processes below {processes}"
         ) from error
     except BaseException:

@@ -9,12 +9,13 @@ import sys
 import time
 from pathlib import Path
 
+import numpy as np
 import psutil
 import pytest
 
 from launcher.corpus import main
 from sharding.manifest import open_corpus
-from tests.conftest import heed_interrupts
+from tests.conftest import WORDS, heed_interrupts
 
 SCRIPT = Path(__file__).resolve().parents[2] / "launcher" / "corpus.py"
 
@@ -110,9 +111,8 @@ def test_peek(tiny_corpus: Path, tiny_tokenizer: Path, tmp_path: Path) -> None:
     assert done.returncode == 0, done.stderr
     places = [line for line in done.stdout.splitlines() if line.startswith("position")]
     assert [place.split(" = ")[0] for place in places] == ["position 7", "position 8"]
-    assert done.stdout.count("A [CLS]") == 2 and done.stdout.count("B ") == done.stdout.count(
-        "segment B from"
-    )
+    assert done.stdout.count("A [CLS]") == 2
+    assert done.stdout.count("\nB ") == done.stdout.count("segment B from")
     done = run(*peek, "--stored", "0", "--split", "heldout", cwd=tmp_path)
     assert done.returncode == 0, done.stderr
     block = open_corpus(tiny_corpus).split("heldout").shards[0].blocks[0].name
@@ -129,34 +129,68 @@ def test_simulate(tiny_corpus: Path, tmp_path: Path) -> None:
     assert done.returncode == 2 and "nearest: 231, 252" in done.stderr
 
 
+BUILD = ["output=c", "source.kind=text", "source.one_per_line=true", "source.path=lines", "processes=2"]
+
+
+def write_lines(folder: Path, count: int) -> None:
+    """Documents in eight files, which as many processes can read at a time."""
+    random = np.random.default_rng(0)
+    (folder / "lines").mkdir()
+    for number in range(8):
+        lines = (" ".join(random.choice(WORDS, size=60)) for _ in range(count // 8))
+        (folder / "lines" / f"{number}.txt").write_text("\n".join(lines) + "\n")
+
+
+def test_stages_and_tasks_make_what_one_build_makes(tiny_tokenizer: Path, tmp_path: Path) -> None:
+    write_lines(tmp_path, 200)
+    keys = [
+        *BUILD,
+        f"tokenizer={tiny_tokenizer}",
+        "max_shard_bytes=40000",
+        "block_rows=32",
+        "heldout_share=0.1",
+    ]
+    done = run("build", *keys, "output=whole", cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    for stage in ("prepare", "pack"):
+        for task in ("1/2", "0/2"):
+            done = run("build", "--stage", stage, "--task", task, *keys, cwd=tmp_path)
+            assert (done.returncode, done.stdout) == (0, ""), done.stderr
+            assert not (tmp_path / "c").exists()
+    done = run("build", "--stage", "join", *keys, cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    assert open_corpus(tmp_path / "c").fingerprint == open_corpus(tmp_path / "whole").fingerprint
+    assert len(open_corpus(tmp_path / "c").split("train").shards) > 1
+
+
+def test_tasks_that_do_not_exist(tmp_path: Path) -> None:
+    done = run("build", "--stage", "pack", "--task", "8/8", *BUILD, cwd=tmp_path)
+    assert done.returncode == 2 and "8/8 is not one of 0/8 .. 7/8" in done.stderr
+    done = run("build", "--stage", "join", "--task", "0/8", *BUILD, cwd=tmp_path)
+    assert done.returncode == 2 and "--task goes with --stage prepare or pack" in done.stderr
+    assert list(tmp_path.iterdir()) == []
+
+
 @pytest.mark.parametrize("how", [signal.SIGINT, signal.SIGKILL])
-def test_an_ended_build_leaves_no_workers_and_no_corpus(
+def test_an_ended_build_leaves_no_workers_and_goes_on(
     tiny_tokenizer: Path, tmp_path: Path, how: signal.Signals
 ) -> None:
-    (tmp_path / "long.txt").write_text(("bade gofi " * 60 + "\n") * 50_000)
-    (tmp_path / "short.txt").write_text(("bade gofi " * 60 + "\n") * 50)
-    keys = ["output=c", f"tokenizer={tiny_tokenizer}", "source.kind=text", "source.one_per_line=true"]
-    build = [sys.executable, str(SCRIPT), "build", *keys, "heldout_share=0", "processes=2"]
+    write_lines(tmp_path, 20_000)
+    build = [sys.executable, str(SCRIPT), "build", *BUILD, f"tokenizer={tiny_tokenizer}", "heldout_share=0"]
     process = subprocess.Popen(
-        [*build, "source.path=long.txt"],
-        cwd=tmp_path,
-        stderr=subprocess.PIPE,
-        text=True,
-        preexec_fn=heed_interrupts,
+        build, cwd=tmp_path, stderr=subprocess.PIPE, text=True, preexec_fn=heed_interrupts
     )
-    while not list(tmp_path.glob("c.partial/train/*.tmp")):
+    while len(workers := psutil.Process(process.pid).children(recursive=True)) < 3:  # two, and their tracker
         assert process.poll() is None
         time.sleep(0.02)
-    workers = psutil.Process(process.pid).children(recursive=True)
-    assert len(workers) >= 2
     process.send_signal(how)
     _, errors = process.communicate(timeout=60)
     assert psutil.wait_procs(workers, timeout=60)[1] == []
     assert not (tmp_path / "c").exists()
     if how is signal.SIGINT:
-        assert process.returncode == 130 and "interrupted" in errors and "Traceback" not in errors
-        assert not (tmp_path / "c.partial").exists()
-    done = run(*build[2:], "source.path=short.txt", cwd=tmp_path)
+        assert process.returncode == 130 and "Traceback" not in errors
+        assert "interrupted; the same command goes on where it was" in errors
+    done = run(*build[2:], cwd=tmp_path)
     assert done.returncode == 0, done.stderr
-    assert open_corpus(tmp_path / "c").split("train").documents == 50
+    assert open_corpus(tmp_path / "c").split("train").documents == 20_000
     assert not (tmp_path / "c.partial").exists()

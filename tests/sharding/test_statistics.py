@@ -14,6 +14,9 @@ def test_statistics_are_recounted(tiny_corpus: Path) -> None:
     corpus = open_corpus(tiny_corpus)
     counts = statistics(corpus, count_lengths(corpus))
     assert counts["fingerprint"] == corpus.fingerprint and json.dumps(counts)
+    assert counts["left_out"] == {
+        key: 0 for key in ("too_short", "unparsed", "exact_duplicates", "near_duplicates")
+    }
     for name, split in counts["splits"].items():
         (batch,) = sequential(corpus, name, rows=10**6, batch_rows=10**6, rank=0, world_size=1)
         files = list((tiny_corpus / name).iterdir())

@@ -58,7 +58,7 @@ def test_an_error_of_a_job_is_the_callers() -> None:
 
 
 def test_a_worker_that_is_killed() -> None:
-    with pytest.raises(CorpusError, match="worker process of the build was killed.* set processes below 2"):
+    with pytest.raises(CorpusError, match="worker process was killed.* set processes below 2"):
         list(in_workers(die, range(2), 2))
 
 
