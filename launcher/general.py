@@ -61,6 +61,7 @@ def main() -> int:
     logging.basicConfig(
         level=logging.INFO if is_main else logging.ERROR, format="%(asctime)s %(message)s", datefmt="%H:%M:%S"
     )
+    logging.getLogger("sharding").setLevel(logging.WARNING)  # what goes wrong in reading, on every rank
     for chatty in ("httpx", "mlflow", "alembic"):
         logging.getLogger(chatty).setLevel(logging.WARNING)
     try:

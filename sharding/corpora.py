@@ -2,9 +2,10 @@
 
 import hashlib
 import json
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
-from configs.schema import DataConfig
+from configs.schema import CacheConfig, DataConfig
+from sharding.cache import NodeCache
 from sharding.manifest import Corpus, CorpusError, open_corpus
 from sharding.mixture import Mixture
 
@@ -25,6 +26,8 @@ class Corpora:
     """The corpora of a run, in the order in which they are named."""
 
     parts: tuple[Part, ...]
+    node_cache: NodeCache | None = None
+    """Through which remote ones are read."""
 
     @classmethod
     def of(cls, corpora: "Corpus | Corpora") -> "Corpora":
@@ -67,7 +70,8 @@ def open_corpora(data: DataConfig) -> Corpora:
     Raises: CorpusError, naming all problems together.
     """
     if data.corpus is not None:
-        return Corpora.of(open_corpus(data.corpus))
+        found = Corpora.of(open_corpus(data.corpus))
+        return replace(found, node_cache=_node_cache(found, data.cache))
     problems: list[str] = []
     parts: list[Part] = []
     for number, entry in enumerate(data.mixture):
@@ -80,7 +84,14 @@ def open_corpora(data: DataConfig) -> Corpora:
     problems += _conflicts(parts)
     if problems:
         raise CorpusError("\n".join(problems))
-    return Corpora(tuple(parts))
+    mixed = Corpora(tuple(parts))
+    return replace(mixed, node_cache=_node_cache(mixed, data.cache))
+
+
+def _node_cache(corpora: Corpora, settings: CacheConfig) -> NodeCache | None:
+    if all(corpus.store.is_local for corpus in corpora.corpora):
+        return None
+    return NodeCache(settings.folder, settings.max_bytes)
 
 
 def _conflicts(parts: list[Part]) -> list[str]:

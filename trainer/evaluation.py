@@ -1,6 +1,7 @@
 """Held-out evaluation: the training losses, without dropout, on rows that training never sees."""
 
 from collections.abc import Callable, Iterator, Sequence
+from functools import partial
 
 import torch
 
@@ -42,7 +43,10 @@ def evaluate(
     meters = [CorpusMeter(names, transfer, teacher_hidden_size) for _, transfer in students]
     for number, (corpus, share) in enumerate(zip(corpora.corpora, corpora.shares, strict=True)):
         own_rows = min(max(1, round(rows * share)), corpus.split("heldout").rows)
-        for batch, counted in _equal_turns(corpus, own_rows, micro_batch_rows, world, mask_damaged):
+        read = partial(
+            sequential, corpus, "heldout", mask_damaged=mask_damaged, node_cache=corpora.node_cache
+        )
+        for batch, counted in _equal_turns(read, own_rows, micro_batch_rows, world):
             inputs = Inputs.of(batch, slice(None), world.device)
             targets = teacher(inputs)
             corpus_B = torch.full_like(batch.length_B, number).to(world.device)
@@ -54,16 +58,12 @@ def evaluate(
 
 
 def _equal_turns(
-    corpus: Corpus, rows: int, micro_batch_rows: int, world: World, mask_damaged: bool
+    read: Callable[..., Iterator[Batch]], rows: int, micro_batch_rows: int, world: World
 ) -> Iterator[tuple[Batch, bool]]:
     """Yield (batch, counted) equally often on all ranks."""
     turns = -(-rows // (micro_batch_rows * world.size))
-
-    def read(rows: int, batch_rows: int, rank: int, world_size: int) -> Iterator[Batch]:
-        dealt = {"rows": rows, "batch_rows": batch_rows, "rank": rank, "world_size": world_size}
-        return sequential(corpus, "heldout", **dealt, mask_damaged=mask_damaged)
-
-    own, filler = read(rows, micro_batch_rows, world.rank, world.size), next(read(1, 1, 0, 1))
+    own = read(rows=rows, batch_rows=micro_batch_rows, rank=world.rank, world_size=world.size)
+    filler = next(read(rows=1, batch_rows=1, rank=0, world_size=1))
     for _ in range(turns):
         batch = next(own, None)
         yield (filler, False) if batch is None else (batch, True)

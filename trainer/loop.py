@@ -229,6 +229,8 @@ def _batches(run: Run) -> Iterable[Batch]:
         world_size=run.world.size,
         workers=data.workers,
         prefetch_steps=data.prefetch_steps,
+        prefetch_blocks=data.prefetch_blocks,
+        node_cache=run.corpora.node_cache,
         pin_memory=run.world.device.type == "cuda",
         quarantined=run.progress.quarantined if data.damaged is Damaged.quarantine else None,
     )
