@@ -26,8 +26,9 @@ import numpy as np
 from numpy.typing import NDArray
 
 from sharding.cache import KEPT_SHARE, NodeCache
-from sharding.manifest import Block, Corpus, CorpusError, Member, Shard
+from sharding.manifest import Block, Corpus, CorpusError, Manifest, Member, Shard
 from sharding.store import PIECE_BYTES, Store, Unreachable
+from sharding.tokens import id_dtype
 
 log = logging.getLogger(__name__)
 
@@ -63,14 +64,10 @@ class Reader:
         self, corpus: Corpus, split: str, cache_blocks: int, node_cache: NodeCache | None = None
     ) -> None:
         self.store, self.node_cache = corpus.store, node_cache
-        self.seq_len = corpus.manifest.seq_len
-        self.blocks: list[tuple[Shard, Block]] = [
-            (shard, block) for shard in corpus.split(split).shards for block in shard.blocks
-        ]
-        self._cache_blocks = cache_blocks
-        self._cache: OrderedDict[int, Rows] = OrderedDict()
+        self.split = corpus.split(split)
+        self._kept = _Kept(cache_blocks, int(self.split.block_rows.max()), corpus.manifest)
         self._ahead: dict[int, Future[Rows]] = {}
-        split_bytes = sum(shard.bytes for shard in corpus.split(split).shards)
+        split_bytes = sum(shard.bytes for shard in self.split.shards)
         self._whole_shards = node_cache is not None and split_bytes <= KEPT_SHARE * node_cache.max_bytes
         self._shards_done: set[str] = set()
         self._shard_on_its_way: Future[None] | None = None
@@ -85,57 +82,82 @@ class Reader:
         ahead = {
             index: self._ahead.get(index) or _in_background(functools.partial(self._read, index))
             for index in upcoming
-            if index not in self._cache
+            if index not in self._kept
         }
         for index in self._ahead.keys() - ahead.keys():
             self._ahead[index].cancel()
         self._ahead = ahead
         if self._whole_shards and (self._shard_on_its_way is None or self._shard_on_its_way.done()):
-            shards = (self.blocks[index][0] for index in upcoming)
+            shards = (self.split.block(index)[0] for index in upcoming)
             shard = next((shard for shard in shards if shard.sha256 not in self._shards_done), None)
             if shard is not None:
                 self._shard_on_its_way = _in_background(functools.partial(self._fetch_shard, shard))
 
-    def gather(self, block_index: NDArray[np.int64], row_in_block: NDArray[np.int64]) -> Rows:
-        """The rows (block_index[i], row_in_block[i]) in this order, int64.
+    @property
+    def seq_len(self) -> int:
+        """S."""
+        return self._kept.seq_len
+
+    def gather(
+        self,
+        block_index: NDArray[np.int64],
+        row_in_block: NDArray[np.int64],
+        into: Rows,
+        places: NDArray[np.int64],
+    ) -> None:
+        """Put the rows (block_index[i], row_in_block[i]) at ``places[i]``, ascending, of ``into``.
 
         Raises: DamagedBlock for a block that cannot be read or does not match its checksums.
         """
-        ids = np.empty((block_index.size, self.seq_len), dtype=np.int64)
-        lengths = np.empty(block_index.size, dtype=np.int64)
-        segments = np.empty(block_index.size, dtype=np.int64)
-        for index in np.unique(block_index):
-            here = np.flatnonzero(block_index == index)
-            stored_ids, stored_lengths, stored_segments = self._block(int(index))
-            ids[here] = stored_ids[row_in_block[here]]
-            lengths[here] = stored_lengths[row_in_block[here]]
-            segments[here] = stored_segments[row_in_block[here]]
-        return ids, lengths, segments
+        needed, of_row = np.unique(block_index, return_inverse=True)
+        if needed.size > self._kept.blocks:  # than can be at hand at once
+            for part in (of_row < needed.size // 2, of_row >= needed.size // 2):
+                self.gather(block_index[part], row_in_block[part], into, places[part])
+            return
+        slots = np.array([self._slot(index) for index in needed.tolist()], dtype=np.int64)
+        self._kept.take(slots[of_row], row_in_block, into, places)
 
-    def _block(self, index: int) -> Rows:
-        if index in self._cache:
-            self._cache.move_to_end(index)
-        else:
-            if len(self._cache) >= self._cache_blocks:
-                self._cache.popitem(last=False)
-            fetch = self._ahead.pop(index, None)
-            try:
-                # One that still waits for a thread is sooner read here.
-                fetched = fetch is not None and not fetch.cancel() and fetch.exception() is None
-                self._cache[index] = fetch.result() if fetch and fetched else self._read(index)
-            except CorpusError as error:
-                if isinstance(error.__cause__, Unreachable):
-                    raise
-                raise DamagedBlock(
-                    f"{error}; `python launcher/corpus.py verify {self.store.location}` lists all damage: "
-                    "copy those shards again, or build the corpus again, and resume",
-                    index,
-                ) from error
-        return self._cache[index]
+    def rows(self, block_index: NDArray[np.int64], row_in_block: NDArray[np.int64]) -> Rows:
+        """The same rows by themselves, int64. Raises as ``gather``."""
+        count = block_index.size
+        found = (
+            np.empty((count, self.seq_len), np.int64),
+            np.empty(count, np.int64),
+            np.empty(count, np.int64),
+        )
+        self.gather(block_index, row_in_block, found, np.arange(count))
+        return found
+
+    def _slot(self, index: int) -> int:
+        """Where the block is kept, from now on."""
+        slot = self._kept.slot(index)
+        if slot is not None:
+            return slot
+        try:
+            return self._kept.put(index, self._fetched(index) or self._read(index))
+        except CorpusError as error:
+            if isinstance(error.__cause__, Unreachable):
+                raise
+            raise DamagedBlock(
+                f"{error}; `python launcher/corpus.py verify {self.store.location}` lists all damage: "
+                "copy those shards again, or build the corpus again, and resume",
+                index,
+            ) from error
+
+    def _fetched(self, index: int) -> Rows | None:
+        """A block that was fetched ahead of need; None when it was not, or when that failed."""
+        fetch = self._ahead.pop(index, None)
+        if fetch is None or fetch.cancel():  # one that still waits for a thread is sooner read here
+            return None
+        error = fetch.exception()
+        if error is None:
+            return fetch.result()
+        log.warning("%s; it is read again", error)
+        return None
 
     def _read(self, index: int) -> Rows:
         """Read a block, in any thread; of a remote store, from the node's cache where it is there."""
-        shard, block = self.blocks[index]
+        shard, block = self.split.block(index)
         if self.store.is_local or self.node_cache is None:
             return read_block(self.store, shard, block)
         offset, count = _extent(block)
@@ -160,6 +182,48 @@ class Reader:
         except CorpusError as error:
             log.warning("%s; its blocks are read one by one", error)
             self._shards_done.add(shard.sha256)
+
+
+class _Kept:
+    """The blocks used last, side by side in one array, so that rows of any of them are taken at once."""
+
+    def __init__(self, blocks: int, block_rows: int, manifest: Manifest) -> None:
+        self.blocks, self.block_rows, self.seq_len = blocks, block_rows, manifest.seq_len
+        rows = blocks * block_rows
+        self._rows = (
+            np.empty((rows, manifest.seq_len), dtype=id_dtype(manifest.tokenizer.vocab_size)),
+            np.empty(rows, dtype=np.uint16),
+            np.empty(rows, dtype=np.uint16),
+        )
+        self._slots: OrderedDict[int, int] = OrderedDict()  # of a block, the one used longest ago first
+
+    def __contains__(self, index: int) -> bool:
+        return index in self._slots
+
+    def slot(self, index: int) -> int | None:
+        """Where a block is, and mark it as used; None when it is not kept."""
+        if index in self._slots:
+            self._slots.move_to_end(index)
+        return self._slots.get(index)
+
+    def put(self, index: int, rows: Rows) -> int:
+        """Keep a block, in place of the one used longest ago when all places are taken."""
+        full = len(self._slots) == self.blocks
+        slot = self._slots.popitem(last=False)[1] if full else len(self._slots)
+        for kept, values in zip(self._rows, rows, strict=True):
+            kept[slot * self.block_rows :][: len(values)] = values
+        self._slots[index] = slot
+        return slot
+
+    def take(
+        self, slots: NDArray[np.int64], rows: NDArray[np.int64], into: Rows, places: NDArray[np.int64]
+    ) -> None:
+        """Copy the rows (slots[i], rows[i]) to ``places[i]``, ascending, of ``into``."""
+        kept_places = slots * self.block_rows + rows
+        if places.size == len(into[0]):  # nearly always: all of them in order
+            places = slice(None)
+        for kept, values in zip(self._rows, into, strict=True):
+            values[places] = kept[kept_places]
 
 
 def _in_background(call: Callable[[], T]) -> "Future[T]":
@@ -232,10 +296,12 @@ def parse_block(store: Store, shard: Shard, block: Block, content: bytes) -> Row
     Raises: CorpusError naming shard, member and offset.
     """
 
+    view = memoryview(content)
+
     def array(kind: str, member: Member) -> NDArray[np.integer]:
         start = member.offset - block.ids.offset
         return _checked_array(
-            store, shard, f"{block.name}.{kind}.npy", member, content[start : start + member.bytes]
+            store, shard, f"{block.name}.{kind}.npy", member, view[start : start + member.bytes]
         )
 
     return array("ids", block.ids), array("len", block.len), array("seg", block.seg)
@@ -244,7 +310,7 @@ def parse_block(store: Store, shard: Shard, block: Block, content: bytes) -> Row
 def read_lengths(store: Store, shard: Shard, block: Block) -> NDArray[np.integer]:
     """The row lengths [n] of one block, without reading its ids. Raises as ``read_block``."""
     content = _read(store, shard, block.len.offset, block.len.bytes)
-    return _checked_array(store, shard, f"{block.name}.len.npy", block.len, content)
+    return _checked_array(store, shard, f"{block.name}.len.npy", block.len, memoryview(content))
 
 
 def _read(
@@ -258,11 +324,22 @@ def _read(
 
 
 def _checked_array(
-    store: Store, shard: Shard, name: str, member: Member, content: bytes
+    store: Store, shard: Shard, name: str, member: Member, content: memoryview
 ) -> NDArray[np.integer]:
     if len(content) != member.bytes or zlib.crc32(content) != member.crc32:
         raise CorpusError(
             f"corrupt shard {store.location}/{shard.path}: member {name} ({member.bytes} bytes at offset "
             f"{member.offset}) does not match its checksum"
         )
-    return np.load(io.BytesIO(content), allow_pickle=False)
+    header = 10 + int.from_bytes(content[8:10], "little")
+    dtype, shape = _npy_header(bytes(content[:header]))
+    return np.frombuffer(content, dtype, offset=header).reshape(shape)
+
+
+@functools.lru_cache
+def _npy_header(header: bytes) -> tuple[np.dtype[Any], tuple[int, ...]]:
+    """What numpy's parser makes of a header; nearly all blocks have the same three."""
+    stream = io.BytesIO(header)
+    np.lib.format.read_magic(stream)
+    shape, _, dtype = np.lib.format.read_array_header_1_0(stream)
+    return dtype, shape

@@ -6,11 +6,15 @@ holds a SHA-256 of every shard, two corpora with the same fingerprint are the sa
 """
 
 import errno
+import functools
 import hashlib
 import json
 from dataclasses import asdict, dataclass
 from pathlib import Path, PurePosixPath
 from typing import Any, NamedTuple
+
+import numpy as np
+from numpy.typing import NDArray
 
 from sharding.store import Store, StoreError
 
@@ -95,6 +99,21 @@ class Split:
     rows: int
     tokens: int
     shards: tuple[Shard, ...]
+
+    @functools.cached_property
+    def block_rows(self) -> NDArray[np.int64]:
+        """Rows of every block of the split: int64 [blocks]."""
+        return np.concatenate([np.array(shard.rows, dtype=np.int64) for shard in self.shards])
+
+    def block(self, index: int) -> tuple[Shard, Block]:
+        """The block with this index in the split, counted from 0, and its shard."""
+        shard = int(np.searchsorted(self._first_blocks, index, side="right")) - 1
+        return self.shards[shard], self.shards[shard].block(index - int(self._first_blocks[shard]))
+
+    @functools.cached_property
+    def _first_blocks(self) -> NDArray[np.int64]:
+        counts = [len(shard.rows) for shard in self.shards]
+        return np.cumsum([0, *counts])[:-1]
 
 
 @dataclass(frozen=True)

@@ -42,7 +42,7 @@ class Order:
         ValueError: no blocks, an empty block, or a seed or group size out of range.
     """
 
-    def __init__(self, block_rows: Sequence[int], seed: int, group_blocks: int) -> None:
+    def __init__(self, block_rows: Sequence[int] | NDArray[np.int64], seed: int, group_blocks: int) -> None:
         self.block_rows = np.asarray(block_rows, dtype=np.int64)
         if self.block_rows.size == 0 or self.block_rows.min() < 1:
             raise ValueError("block_rows must name at least one block, and every block at least one row")

@@ -74,7 +74,7 @@ def peek_order(
     """
     reader = Reader(corpus, split, cache_blocks=1)
     try:
-        order = Order([block.rows for _, block in reader.blocks], seed, group_blocks)
+        order = Order(reader.split.block_rows, seed, group_blocks)
         block_index, row_in_block = order.locate(position, rows)
     except ValueError as error:
         raise CorpusError(str(error)) from error
@@ -89,7 +89,7 @@ def peek_stored(
     Raises: CorpusError for a damaged block, a missing split, or a row that it does not have.
     """
     reader = Reader(corpus, split, cache_blocks=1)
-    starts = np.cumsum([0] + [block.rows for _, block in reader.blocks])
+    starts = np.cumsum([0, *reader.split.block_rows])
     if not 0 <= first < starts[-1]:
         raise CorpusError(f"stored row {first} is not one of 0 .. {starts[-1] - 1} of split {split}")
     stored = np.arange(first, min(first + rows, starts[-1]))
@@ -105,11 +105,11 @@ def _peek(
     row_in_block: NDArray[np.int64],
 ) -> list[PeekedRow]:
     peeked = []
-    gathered = zip(*reader.gather(block_index, row_in_block), strict=True)
+    gathered = zip(*reader.rows(block_index, row_in_block), strict=True)
     for position, index, row, (ids, length, segment) in zip(
         positions, block_index, row_in_block, gathered, strict=True
     ):
-        shard, block = reader.blocks[index]
+        shard, block = reader.split.block(index)
         text_a, text_b = (str(tokenizer.decode(part)) for part in (ids[:segment], ids[segment:length]))
         peeked.append(
             PeekedRow(position, shard.path, block.name, int(row), int(length), int(segment), text_a, text_b)

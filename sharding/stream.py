@@ -6,7 +6,7 @@ Letters: B rows of this rank in one step, S sequence length of the corpora that 
 import logging
 from collections.abc import Collection, Iterator
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
-from sharding.blocks import DamagedBlock, Reader, Rows
+from sharding.blocks import DamagedBlock, Reader
 from sharding.cache import NodeCache
 from sharding.corpora import Corpora
 from sharding.manifest import Corpus, CorpusError
@@ -51,10 +51,10 @@ class Batch:
     damage: tuple[Damage, ...] = ()
     """Under quarantine: damaged blocks that this batch needed and that were not known before."""
 
-    def pin_memory(self) -> "Batch":
-        """The same batch in page-locked memory; the DataLoader calls it when asked to pin."""
-        pinned: dict[str, Any] = {name: getattr(self, name).pin_memory() for name in TENSORS}
-        return replace(self, **pinned)
+    def arrays(self) -> tuple[NDArray[np.int64], ...]:
+        """The tensors as arrays on the same memory, in the order of the fields."""
+        tensors = (self.ids_BS, self.length_B, self.segment_B, self.corpus_B, self.block_B)
+        return tuple(tensor.numpy() for tensor in tensors)
 
     def masked(self, blocks: Collection[tuple[int, int]]) -> "Batch":
         """The same batch with the rows of these (corpus, block) masked: length 0, nothing valid."""
@@ -66,44 +66,63 @@ class Batch:
 
 
 SEQUENTIAL_AHEAD = 8  # blocks that are fetched ahead in stored order
-TENSORS = ("ids_BS", "length_B", "segment_B", "corpus_B", "block_B")
+
+
+class _Packed(NamedTuple):
+    """A batch on its way from a reader process: one tensor, as each costs a file descriptor and 0.4 ms."""
+
+    position: int
+    rows: int
+    tensor: Tensor
+    """int64 [B S + 4 B]: ids, lengths, segments, corpora, blocks."""
+    damage: tuple[Damage, ...]
+
+    @classmethod
+    def empty(cls, position: int, rows: int, seq_len: int) -> "_Packed":
+        return cls(position, rows, torch.empty(rows * (seq_len + 4), dtype=torch.int64), ())
+
+    def batch(self) -> Batch:
+        """The batch, without a copy."""
+        ids_BS = self.tensor[: -4 * self.rows].view(self.rows, -1)
+        length_B, segment_B, corpus_B, block_B = self.tensor[-4 * self.rows :].view(4, self.rows)
+        return Batch(self.position, ids_BS, length_B, segment_B, corpus_B, block_B, self.damage)
 
 
 class _Rows:
     """Rows of one corpus by stored place, masked where their block is damaged and that is wanted."""
 
-    def __init__(self, reader: Reader, pad_id: int, quarantined: set[int] | None) -> None:
-        self.reader, self.pad_id = reader, pad_id
+    def __init__(self, reader: Reader, number: int, pad_id: int, quarantined: set[int] | None) -> None:
+        self.reader, self.number, self.pad_id = reader, number, pad_id
         self.quarantined = quarantined  # None: damage is an error
 
     def gather(
-        self, block_index: NDArray[np.int64], row_in_block: NDArray[np.int64]
-    ) -> tuple[Rows, list[DamagedBlock]]:
-        """The rows, and the damage among them that was not known before.
+        self,
+        block_index: NDArray[np.int64],
+        row_in_block: NDArray[np.int64],
+        into: Batch,
+        slots: NDArray[np.int64],
+    ) -> list[Damage]:
+        """Put the rows into the slots of a batch; returns the damage among them that was not known before.
 
         Raises: DamagedBlock, unless damaged blocks are to be masked.
         """
-        found: list[DamagedBlock] = []
+        ids, lengths, segments, corpora, blocks = into.arrays()
+        corpora[slots], blocks[slots] = self.number, block_index
+        found: list[Damage] = []
         while True:
+            sound: slice | NDArray[np.bool_] = slice(None)
+            if self.quarantined:
+                ids[slots], lengths[slots], segments[slots] = self.pad_id, 0, 0
+                sound = ~np.isin(block_index, list(self.quarantined))
             try:
-                if not self.quarantined:
-                    return self.reader.gather(block_index, row_in_block), found
-                return self._gather_sound(block_index, row_in_block), found
+                rows = (ids, lengths, segments)
+                self.reader.gather(block_index[sound], row_in_block[sound], rows, slots[sound])
+                return found
             except DamagedBlock as error:
                 if self.quarantined is None:
                     raise
                 self.quarantined.add(error.index)
-                found.append(error)
-
-    def _gather_sound(self, block_index: NDArray[np.int64], row_in_block: NDArray[np.int64]) -> Rows:
-        """As ``Reader.gather``, with rows of length 0 for those of quarantined blocks."""
-        sound = ~np.isin(block_index, list(self.quarantined or ()))
-        gathered = self.reader.gather(block_index[sound], row_in_block[sound])
-        ids = np.full((sound.size, self.reader.seq_len), self.pad_id, dtype=np.int64)
-        lengths, segments = np.zeros(sound.size, dtype=np.int64), np.zeros(sound.size, dtype=np.int64)
-        for whole, part in zip((ids, lengths, segments), gathered, strict=True):
-            whole[sound] = part
-        return ids, lengths, segments
+                found.append(Damage(self.number, error.index, str(error)))
 
 
 @dataclass(frozen=True)
@@ -122,7 +141,7 @@ class _Source:
             self.rows.reader.prefetch([block for block in upcoming if block not in quarantined])
 
 
-class _Steps(Dataset["Batch | CorpusError"]):
+class _Steps(Dataset["_Packed | CorpusError"]):
     """This rank's batch of the global step that starts at a position: a map from position to batch."""
 
     def __init__(
@@ -133,44 +152,21 @@ class _Steps(Dataset["Batch | CorpusError"]):
         self.offset, stop = rank_slice(0, global_batch_rows, rank, world_size)
         self.rows = stop - self.offset
 
-    def __getitem__(self, step_start: int) -> Batch | CorpusError:
+    def __getitem__(self, step_start: int) -> _Packed | CorpusError:
         draws = self.mixture.draws(step_start, self.offset, self.rows)
-        position = step_start + self.global_batch_rows
+        seq_len = self.sources[draws[0].corpus].rows.reader.seq_len
+        packed = _Packed.empty(step_start + self.global_batch_rows, self.rows, seq_len)
+        batch, damage = packed.batch(), []
         try:
-            parts = [self._part(draw.corpus, draw.start, draw.slots.size, position) for draw in draws]
+            for draw in draws:
+                source = self.sources[draw.corpus]
+                source.prefetch(draw.start)
+                places = source.order.locate(draw.start, draw.slots.size)
+                damage += source.rows.gather(*places, batch, draw.slots)
         except CorpusError as error:
             # Handed over rather than raised: a DataLoader would bury its message under a worker's traceback.
             return error
-        return parts[0] if len(parts) == 1 else _interleaved(parts, [draw.slots for draw in draws])
-
-    def _part(self, corpus: int, start: int, count: int, position: int) -> Batch:
-        self.sources[corpus].prefetch(start)
-        block_index, row_in_block = self.sources[corpus].order.locate(start, count)
-        rows, errors = self.sources[corpus].rows.gather(block_index, row_in_block)
-        damage = tuple(Damage(corpus, error.index, str(error)) for error in errors)
-        return _batch(position, rows, np.full(count, corpus), block_index, damage)
-
-
-def _interleaved(parts: list[Batch], slots: list[NDArray[np.int64]]) -> Batch:
-    """One batch of the rows of several, each row in its slot."""
-    place_B = torch.from_numpy(np.argsort(np.concatenate(slots)))
-
-    def joined(name: str) -> Tensor:
-        return torch.cat([getattr(part, name) for part in parts])[place_B]
-
-    damage = tuple(one for part in parts for one in part.damage)
-    return Batch(parts[0].position, **{name: joined(name) for name in TENSORS}, damage=damage)
-
-
-def _batch(
-    position: int,
-    rows: Rows,
-    corpus_B: NDArray[np.int64],
-    block_B: NDArray[np.int64],
-    damage: tuple[Damage, ...] = (),
-) -> Batch:
-    tensors = zip(TENSORS, (*rows, corpus_B, block_B), strict=True)
-    return Batch(position, **{name: torch.from_numpy(array) for name, array in tensors}, damage=damage)
+        return packed._replace(damage=tuple(damage))
 
 
 def stream(
@@ -214,27 +210,32 @@ def stream(
         known = None if quarantined is None else {block for owner, block in quarantined if owner == number}
         # A step may straddle two groups: both stay at hand, so that no block is read twice in passing over.
         reader = Reader(corpus, split, 2 * group_blocks, node_cache)
-        order = Order([block.rows for _, block in reader.blocks], seed, group_blocks)
-        rows = _Rows(reader, corpus.manifest.tokenizer.pad_id, known)
+        order = Order(reader.split.block_rows, seed, group_blocks)
+        rows = _Rows(reader, number, corpus.manifest.tokenizer.pad_id, known)
         # All blocks of the next group are needed at once when it begins.
         sources.append(_Source(rows, order, max(prefetch_blocks, group_blocks)))
     steps = _Steps(sources, corpora, global_batch_rows, rank, world_size)
-    loader: DataLoader[Batch | CorpusError] = DataLoader(
+    loader: DataLoader[_Packed | CorpusError] = DataLoader(
         steps,
         batch_size=None,
+        collate_fn=_as_it_is,
         sampler=range(start_row, stop_row, global_batch_rows),
         num_workers=workers,
         prefetch_factor=prefetch_steps if workers else None,
         pin_memory=pin_memory,
     )
-    return _raise_errors(loader)
+    return _unpacked(loader)
 
 
-def _raise_errors(loader: "DataLoader[Batch | CorpusError]") -> Iterator[Batch]:
-    for batch in loader:
-        if isinstance(batch, CorpusError):
-            raise batch
-        yield batch
+def _as_it_is(packed: _Packed | CorpusError) -> _Packed | CorpusError:
+    return packed
+
+
+def _unpacked(loader: "DataLoader[_Packed | CorpusError]") -> Iterator[Batch]:
+    for packed in loader:
+        if isinstance(packed, CorpusError):
+            raise packed
+        yield packed.batch()
 
 
 def sequential(
@@ -260,14 +261,15 @@ def sequential(
             f"(0 .. {world_size - 1}) do not describe a reading"
         )
     reader = Reader(corpus, split, 2, node_cache)
-    stored_rows = _Rows(reader, corpus.manifest.tokenizer.pad_id, set() if mask_damaged else None)
-    starts = np.cumsum([0] + [block.rows for _, block in reader.blocks])
+    stored_rows = _Rows(reader, 0, corpus.manifest.tokenizer.pad_id, set() if mask_damaged else None)
+    starts = np.cumsum([0, *reader.split.block_rows])
     total = min(rows, int(starts[-1]))
     for first in range(rank * batch_rows, total, world_size * batch_rows):
         stored = np.arange(first, min(first + batch_rows, total))
         block_index = np.searchsorted(starts, stored, side="right") - 1
-        reader.prefetch(range(block_index[0], min(block_index[-1] + SEQUENTIAL_AHEAD, len(reader.blocks))))
-        gathered, damage = stored_rows.gather(block_index, stored - starts[block_index])
-        for error in damage:
-            log.warning("rows masked in the %s split: %s", split, error)
-        yield _batch(int(stored[-1]) + 1, gathered, np.zeros_like(stored), block_index)
+        reader.prefetch(range(block_index[0], min(block_index[-1] + SEQUENTIAL_AHEAD, len(starts) - 1)))
+        batch = _Packed.empty(int(stored[-1]) + 1, stored.size, reader.seq_len).batch()
+        slots = np.arange(stored.size)
+        for damage in stored_rows.gather(block_index, stored - starts[block_index], batch, slots):
+            log.warning("rows masked in the %s split: %s", split, damage.message)
+        yield batch
