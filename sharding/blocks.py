@@ -220,10 +220,9 @@ class _Kept:
     ) -> None:
         """Copy the rows (slots[i], rows[i]) to ``places[i]``, ascending, of ``into``."""
         kept_places = slots * self.block_rows + rows
-        if places.size == len(into[0]):  # nearly always: all of them in order
-            places = slice(None)
+        all_in_order = places.size == len(into[0])  # nearly always
         for kept, values in zip(self._rows, into, strict=True):
-            values[places] = kept[kept_places]
+            values[slice(None) if all_in_order else places] = kept[kept_places]
 
 
 def _in_background(call: Callable[[], T]) -> "Future[T]":
