@@ -47,6 +47,7 @@ _PASSING = {
     *("HTTPClientError", "IncompleteReadError", "ResponseParserError"),  # botocore
     *("ChunkedEncodingError", "TransportError"),  # requests, google.auth
 }
+_CHECKSUM_ERRORS = {"FlexibleChecksumError", "ChecksumError"}  # botocore, gcsfs
 _CREDENTIALS = {
     "NoCredentialsError",
     "PartialCredentialsError",
@@ -156,7 +157,12 @@ class Store:
     ) -> bytes:
         """One attempt."""
         limits = {} if count is None else {"start": offset, "end": offset + count}
-        content = self._call("cat_file", path, PIECE_BYTES if count is None else count, **limits)
+        try:
+            content = self._call("cat_file", path, PIECE_BYTES if count is None else count, **limits)
+        except Exception as error:
+            if type(error).__name__ in _CHECKSUM_ERRORS:
+                raise _Malformed(str(error)) from None
+            raise
         if count is None:
             content = content[offset:]
         elif len(content) > count and len(content) >= offset + count:
@@ -225,7 +231,7 @@ def _file_system(location: str, process: int) -> tuple[Any, str]:
         system, root = fsspec.core.url_to_fs(location, skip_instance_cache=True, use_listings_cache=False)
     except ImportError as error:
         scheme = location.split("://")[0]
-        extra = {"s3": "s3", "s3a": "s3", "gs": "gcs", "gcs": "gcs"}.get(scheme)
+        extra = {"s3": "s3", "s3a": "s3", "gs": "gs", "gcs": "gs"}.get(scheme)
         hint = f": `pip install tinybert-at-scale[{extra}]`" if extra else ""
         raise StoreError(errno.ENOSYS, f"{location}: a package is missing ({error}){hint}") from error
     except ValueError as error:
@@ -259,11 +265,11 @@ def _response(error: BaseException | None) -> tuple[int | None, dict[str, str]]:
         if isinstance(response, dict):
             metadata = response.get("ResponseMetadata", {})
             return metadata.get("HTTPStatusCode"), metadata.get("HTTPHeaders") or {}
-        status = getattr(link, "status", None) or getattr(link, "code", None)
-        if str(status).isdigit():
-            return int(str(status)), {
-                key.lower(): text for key, text in (getattr(link, "headers", None) or {}).items()
-            }
+        # By class: what aiohttp's parser raises has a code too, which no server sent.
+        attribute = {"ClientResponseError": "status", "HttpError": "code"}.get(type(link).__name__)
+        if attribute is not None and str(status := getattr(link, attribute)).isdigit():
+            headers = getattr(link, "headers", None) or {}
+            return int(status), {key.lower(): text for key, text in headers.items()}
     return None, {}
 
 
