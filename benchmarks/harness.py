@@ -17,14 +17,19 @@ from rich.console import Console
 from rich.table import Table
 
 
-def parse_arguments(description: str | None) -> argparse.Namespace:
-    """Return ``json`` (a path or None) and ``quick``."""
+def benchmark_parser(description: str | None) -> argparse.ArgumentParser:
+    """Return a parser of ``json`` (a path or None) and ``quick``, to which a benchmark may add its own."""
     parser = argparse.ArgumentParser(
         description=description, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--json", type=Path, help="write all figures there")
     parser.add_argument("--quick", action="store_true", help="fewer sizes and repeats: does it run at all?")
-    return parser.parse_args()
+    return parser
+
+
+def parse_arguments(description: str | None) -> argparse.Namespace:
+    """Return ``json`` and ``quick``."""
+    return benchmark_parser(description).parse_args()
 
 
 def interleaved_medians(candidates: Mapping[str, Callable[[], object]], repeats: int) -> dict[str, float]:
