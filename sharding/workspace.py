@@ -74,7 +74,10 @@ class Workspace:
 
     def disk_full(self, share: float | None) -> CorpusError:
         """The error for a disk that is full; ``share`` of the source's bytes that was read, if known."""
-        written = sum(file.stat().st_size for file in self.partial.rglob("*") if file.is_file())
+        written = 0
+        for file in self.partial.rglob("*"):
+            with contextlib.suppress(FileNotFoundError):  # another task may have renamed it
+                written += file.stat().st_size if file.is_file() else 0
         needed = f"more than {written:,} bytes are needed"
         if share:
             needed = f"about {int(2.2 * written / share):,} bytes are needed in all"  # runs, then shards
@@ -147,8 +150,10 @@ def _lock(path: Path, shared: bool) -> int:
 
 def _require_recipe(work: Workspace, recipe: dict[str, Any]) -> None:
     path = work.partial / "recipe.json"
+    # Asked in this order: a task that starts at the same time writes the recipe first.
+    begun = work.runs.exists() or work.corpus.exists()
     if not path.exists():
-        if work.runs.exists() or work.corpus.exists():
+        if begun:
             raise CorpusError(f"{work.partial} was not left by a build; remove it or choose another output")
         with new_file(path) as file:
             file.write(json.dumps(recipe, indent=1).encode())

@@ -4,6 +4,7 @@ import errno
 import fcntl
 import json
 import logging
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
@@ -87,3 +88,16 @@ def test_installing_replaces_and_leaves_nothing_else(config: CorpusConfig, tiny_
         assert sorted(path.name for path in work.output.iterdir()) == ["heldout", "manifest.json", "train"]
         assert open_corpus(work.output).manifest == manifest
         assert not list(work.output.rglob(".*"))
+
+
+def test_tasks_may_start_at_the_same_time(config: CorpusConfig) -> None:
+    """Many at once, again and again: none takes another's folders for somebody else's."""
+
+    def start(number: int) -> str:
+        with open_workspace(config, RECIPE, shared=True) as work:
+            return work.partial.name
+
+    with ThreadPoolExecutor(8) as pool:
+        for round_ in range(20):
+            config.output = str(Path(config.output).with_name(f"corpus{round_}"))
+            assert set(pool.map(start, range(8))) == {f"corpus{round_}.partial"}
