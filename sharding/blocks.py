@@ -96,7 +96,12 @@ class Reader:
     @property
     def seq_len(self) -> int:
         """S."""
-        return self._kept.seq_len
+        return self._kept.rows[0].shape[1]
+
+    @property
+    def dtype(self) -> np.dtype[np.integer]:
+        """Of stored ids."""
+        return self._kept.rows[0].dtype
 
     def gather(
         self,
@@ -188,9 +193,9 @@ class _Kept:
     """The blocks used last, side by side in one array, so that rows of any of them are taken at once."""
 
     def __init__(self, blocks: int, block_rows: int, manifest: Manifest) -> None:
-        self.blocks, self.block_rows, self.seq_len = blocks, block_rows, manifest.seq_len
+        self.blocks, self.block_rows = blocks, block_rows
         rows = blocks * block_rows
-        self._rows = (
+        self.rows: Rows = (
             np.empty((rows, manifest.seq_len), dtype=id_dtype(manifest.tokenizer.vocab_size)),
             np.empty(rows, dtype=np.uint16),
             np.empty(rows, dtype=np.uint16),
@@ -210,7 +215,7 @@ class _Kept:
         """Keep a block, in place of the one used longest ago when all places are taken."""
         full = len(self._slots) == self.blocks
         slot = self._slots.popitem(last=False)[1] if full else len(self._slots)
-        for kept, values in zip(self._rows, rows, strict=True):
+        for kept, values in zip(self.rows, rows, strict=True):
             kept[slot * self.block_rows :][: len(values)] = values
         self._slots[index] = slot
         return slot
@@ -220,9 +225,9 @@ class _Kept:
     ) -> None:
         """Copy the rows (slots[i], rows[i]) to ``places[i]``, ascending, of ``into``."""
         kept_places = slots * self.block_rows + rows
-        all_in_order = places.size == len(into[0])  # nearly always
-        for kept, values in zip(self._rows, into, strict=True):
-            values[slice(None) if all_in_order else places] = kept[kept_places]
+        where: NDArray[np.int64] | slice = slice(None) if places.size == len(into[0]) else places
+        for kept, values in zip(self.rows, into, strict=True):
+            values[where] = kept[kept_places]
 
 
 def _in_background(call: Callable[[], T]) -> "Future[T]":

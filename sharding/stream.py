@@ -4,9 +4,9 @@ Letters: B rows of this rank in one step, S sequence length of the corpora that 
 """
 
 import logging
-from collections.abc import Collection, Iterator
+from collections.abc import Collection, Iterable, Iterator
 from dataclasses import dataclass, replace
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 import torch
@@ -51,10 +51,10 @@ class Batch:
     damage: tuple[Damage, ...] = ()
     """Under quarantine: damaged blocks that this batch needed and that were not known before."""
 
-    def arrays(self) -> tuple[NDArray[np.int64], ...]:
-        """The tensors as arrays on the same memory, in the order of the fields."""
-        tensors = (self.ids_BS, self.length_B, self.segment_B, self.corpus_B, self.block_B)
-        return tuple(tensor.numpy() for tensor in tensors)
+    def pin_memory(self) -> "Batch":
+        """The same batch in page-locked memory, from which a copy to a GPU overlaps with its work."""
+        pinned: dict[str, Any] = {name: getattr(self, name).pin_memory() for name in TENSORS}
+        return replace(self, **pinned)
 
     def masked(self, blocks: Collection[tuple[int, int]]) -> "Batch":
         """The same batch with the rows of these (corpus, block) masked: length 0, nothing valid."""
@@ -65,27 +65,34 @@ class Batch:
         return replace(self, length_B=length_B, segment_B=segment_B)
 
 
+TENSORS = ("ids_BS", "length_B", "segment_B", "corpus_B", "block_B")
 SEQUENTIAL_AHEAD = 8  # blocks that are fetched ahead in stored order
 
 
-class _Packed(NamedTuple):
-    """A batch on its way from a reader process: one tensor, as each costs a file descriptor and 0.4 ms."""
+@dataclass(frozen=True)
+class _Packed:
+    """A batch as a reader process sends it: ids as stored, a quarter of their size as int64, in plain arrays,
+    as each tensor would cost a file descriptor and 0.4 ms."""
 
     position: int
-    rows: int
-    tensor: Tensor
-    """int64 [B S + 4 B]: ids, lengths, segments, corpora, blocks."""
-    damage: tuple[Damage, ...]
+    ids: NDArray[np.integer]
+    """uint16 or uint32 [B, S]."""
+    others: NDArray[np.int64]
+    """[4, B]: lengths, segments, corpora, blocks."""
+    damage: tuple[Damage, ...] = ()
 
     @classmethod
-    def empty(cls, position: int, rows: int, seq_len: int) -> "_Packed":
-        return cls(position, rows, torch.empty(rows * (seq_len + 4), dtype=torch.int64), ())
+    def empty(cls, position: int, rows: int, reader: Reader) -> "_Packed":
+        return cls(position, np.empty((rows, reader.seq_len), reader.dtype), np.empty((4, rows), np.int64))
 
     def batch(self) -> Batch:
-        """The batch, without a copy."""
-        ids_BS = self.tensor[: -4 * self.rows].view(self.rows, -1)
-        length_B, segment_B, corpus_B, block_B = self.tensor[-4 * self.rows :].view(4, self.rows)
+        ids_BS = torch.from_numpy(self.ids.astype(np.int64))
+        length_B, segment_B, corpus_B, block_B = torch.from_numpy(self.others)
         return Batch(self.position, ids_BS, length_B, segment_B, corpus_B, block_B, self.damage)
+
+    def pin_memory(self) -> Batch:
+        """What the DataLoader calls, in a thread of its own."""
+        return self.batch().pin_memory()
 
 
 class _Rows:
@@ -99,14 +106,14 @@ class _Rows:
         self,
         block_index: NDArray[np.int64],
         row_in_block: NDArray[np.int64],
-        into: Batch,
+        into: _Packed,
         slots: NDArray[np.int64],
     ) -> list[Damage]:
         """Put the rows into the slots of a batch; returns the damage among them that was not known before.
 
         Raises: DamagedBlock, unless damaged blocks are to be masked.
         """
-        ids, lengths, segments, corpora, blocks = into.arrays()
+        ids, (lengths, segments, corpora, blocks) = into.ids, into.others
         corpora[slots], blocks[slots] = self.number, block_index
         found: list[Damage] = []
         while True:
@@ -154,19 +161,19 @@ class _Steps(Dataset["_Packed | CorpusError"]):
 
     def __getitem__(self, step_start: int) -> _Packed | CorpusError:
         draws = self.mixture.draws(step_start, self.offset, self.rows)
-        seq_len = self.sources[draws[0].corpus].rows.reader.seq_len
-        packed = _Packed.empty(step_start + self.global_batch_rows, self.rows, seq_len)
-        batch, damage = packed.batch(), []
+        reader = self.sources[draws[0].corpus].rows.reader
+        packed = _Packed.empty(step_start + self.global_batch_rows, self.rows, reader)
+        damage: list[Damage] = []
         try:
             for draw in draws:
                 source = self.sources[draw.corpus]
                 source.prefetch(draw.start)
                 places = source.order.locate(draw.start, draw.slots.size)
-                damage += source.rows.gather(*places, batch, draw.slots)
+                damage += source.rows.gather(*places, packed, draw.slots)
         except CorpusError as error:
             # Handed over rather than raised: a DataLoader would bury its message under a worker's traceback.
             return error
-        return packed._replace(damage=tuple(damage))
+        return replace(packed, damage=tuple(damage)) if damage else packed
 
 
 def stream(
@@ -215,28 +222,35 @@ def stream(
         # All blocks of the next group are needed at once when it begins.
         sources.append(_Source(rows, order, max(prefetch_blocks, group_blocks)))
     steps = _Steps(sources, corpora, global_batch_rows, rank, world_size)
+    positions = range(start_row, stop_row, global_batch_rows)
+    if not workers:
+        return _batches(map(steps.__getitem__, positions), pin_memory)
     loader: DataLoader[_Packed | CorpusError] = DataLoader(
         steps,
         batch_size=None,
         collate_fn=_as_it_is,
-        sampler=range(start_row, stop_row, global_batch_rows),
+        sampler=positions,
         num_workers=workers,
-        prefetch_factor=prefetch_steps if workers else None,
+        prefetch_factor=prefetch_steps,
         pin_memory=pin_memory,
     )
-    return _unpacked(loader)
+    return _batches(loader, pin_memory)
 
 
 def _as_it_is(packed: Any) -> Any:
-    """Instead of the DataLoader's own conversion, which looks for arrays in everything."""
+    """Instead of the DataLoader's own conversion, which makes tensors of all arrays."""
     return packed
 
 
-def _unpacked(loader: "DataLoader[_Packed | CorpusError]") -> Iterator[Batch]:
-    for packed in loader:
-        if isinstance(packed, CorpusError):
-            raise packed
-        yield packed.batch()
+def _batches(found: Iterable[_Packed | Batch | CorpusError], pin_memory: bool) -> Iterator[Batch]:
+    """What reader processes send, as batches; the DataLoader has pinned its own."""
+    for each in found:
+        if isinstance(each, CorpusError):
+            raise each
+        if isinstance(each, Batch):
+            yield each
+        else:
+            yield each.pin_memory() if pin_memory else each.batch()
 
 
 def sequential(
@@ -269,8 +283,7 @@ def sequential(
         stored = np.arange(first, min(first + batch_rows, total))
         block_index = np.searchsorted(starts, stored, side="right") - 1
         reader.prefetch(range(block_index[0], min(block_index[-1] + SEQUENTIAL_AHEAD, len(starts) - 1)))
-        batch = _Packed.empty(int(stored[-1]) + 1, stored.size, reader.seq_len).batch()
-        slots = np.arange(stored.size)
-        for damage in stored_rows.gather(block_index, stored - starts[block_index], batch, slots):
+        packed, slots = _Packed.empty(int(stored[-1]) + 1, stored.size, reader), np.arange(stored.size)
+        for damage in stored_rows.gather(block_index, stored - starts[block_index], packed, slots):
             log.warning("rows masked in the %s split: %s", split, damage.message)
-        yield batch
+        yield packed.batch()
