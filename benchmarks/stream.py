@@ -12,13 +12,15 @@ in one process and with one and two DataLoader workers:
   into batches: as much shuffling as ours, but not resumed, another order on other ranks, and not checked.
 - ``memmap``: the rows as one array on disk, gathered at random in the order of ours: the limit.
 
-The readers take turns. Memory: resident bytes over an epoch, sampled once a group, once the caches are full.
+Workers of all readers send plain uint16 arrays, of which the main process makes tensors: three times as fast
+as sending tensors. The readers take turns. Memory: resident bytes over an epoch, sampled once a group, once
+the caches are full.
 """
 
 import sys
 import tempfile
 from collections import deque
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from functools import partial
 from itertools import islice
 from pathlib import Path
@@ -30,6 +32,7 @@ import numpy as np
 import psutil
 import torch
 import webdataset
+from numpy.typing import NDArray
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
@@ -43,8 +46,10 @@ BATCH_ROWS, GROUP_BLOCKS, SHARDS = 256, 16, 4
 ENDLESS = 10**15  # rows
 OURS, PER_ROW, BLOCKS, MEMMAP = "ours", "webdataset, a member per row", "webdataset, our blocks", "memmap"
 LayOut = dict[str, list[str]]
+Stored = tuple[NDArray[np.uint16], NDArray[np.uint16]]
+"""ids [256, 128], lengths [256]."""
 RowBatch = tuple[Tensor, Tensor]
-"""ids int64 [256, 128], lengths int64 [256]."""
+"""The same as int64."""
 
 
 def write_rows(root: Path, blocks: int) -> None:
@@ -84,10 +89,10 @@ def our_batches(corpus: Corpus, workers: int) -> Iterator[Batch]:
 def per_row_batches(folder: Path, workers: int) -> Iterator[RowBatch]:
     """webdataset on a member per row: shards and rows shuffled, a whole batch decoded at once."""
 
-    def collate(samples: list[dict[str, bytes]]) -> RowBatch:
+    def collate(samples: list[dict[str, bytes]]) -> Stored:
         content = b"".join([sample["row"] for sample in samples])
-        packed = torch.from_numpy(np.frombuffer(content, np.uint16).reshape(-1, SEQ_LEN + 1).astype(np.int64))
-        return packed[:, 1:].contiguous(), packed[:, 0].contiguous()
+        packed = np.frombuffer(content, np.uint16).reshape(-1, SEQ_LEN + 1)
+        return packed[:, 1:], packed[:, 0]
 
     dataset = _web_dataset(folder).shuffle(1024, initial=1024).batched(BATCH_ROWS, collation_fn=collate)
     return _loaded(dataset.repeat(), workers)
@@ -96,7 +101,7 @@ def per_row_batches(folder: Path, workers: int) -> Iterator[RowBatch]:
 def block_batches(folder: Path, workers: int) -> Iterator[RowBatch]:
     """webdataset on our shards: groups of blocks in a buffer, mixed, and cut into batches."""
 
-    def rows(samples: Iterable[dict[str, bytes]]) -> Iterator[RowBatch]:
+    def rows(samples: Iterable[dict[str, bytes]]) -> Iterator[Stored]:
         samples, random = iter(samples), np.random.default_rng(0)
         header = 128  # bytes before the data of every .npy member
         while group := list(islice(samples, GROUP_BLOCKS)):
@@ -108,10 +113,7 @@ def block_batches(folder: Path, workers: int) -> Iterator[RowBatch]:
             order = random.permutation(len(ids))
             for first in range(0, len(ids), BATCH_ROWS):
                 taken = order[first : first + BATCH_ROWS]
-                yield (
-                    torch.from_numpy(ids[taken].astype(np.int64)),
-                    torch.from_numpy(lengths[taken].astype(np.int64)),
-                )
+                yield ids[taken], lengths[taken]
 
     return _loaded(_web_dataset(folder).compose(rows).repeat(), workers)
 
@@ -122,11 +124,24 @@ def _web_dataset(folder: Path) -> webdataset.WebDataset:
 
 
 def _loaded(dataset: Any, workers: int) -> Iterator[RowBatch]:
-    prefetch = {"prefetch_factor": 4} if workers else {}
-    return iter(webdataset.WebLoader(dataset, batch_size=None, num_workers=workers, **prefetch))
+    if not workers:
+        return map(_as_tensors, dataset)
+    loader = webdataset.WebLoader(
+        dataset, batch_size=None, num_workers=workers, prefetch_factor=4, collate_fn=_as_it_is
+    )
+    return map(_as_tensors, loader)
 
 
-class MappedRows(Dataset[RowBatch]):
+def _as_it_is(stored: Any) -> Any:
+    return stored
+
+
+def _as_tensors(stored: Stored) -> RowBatch:
+    ids, lengths = (torch.from_numpy(array.astype(np.int64)) for array in stored)
+    return ids, lengths
+
+
+class MappedRows(Dataset[Stored]):
     """Batches gathered from flat arrays on disk in the order of ours."""
 
     def __init__(self, root: Path, blocks: int) -> None:
@@ -134,19 +149,21 @@ class MappedRows(Dataset[RowBatch]):
         self.lengths = np.memmap(root / "lengths.bin", np.uint16, "r")
         self.order = Order([BLOCK_ROWS] * blocks, seed=0, group_blocks=GROUP_BLOCKS)
 
-    def __getitem__(self, start: int) -> RowBatch:
+    def __getitem__(self, start: int) -> Stored:
         block, row = self.order.locate(start, BATCH_ROWS)
         stored = block * BLOCK_ROWS + row
-        ids, lengths = self.ids[stored].astype(np.int64), self.lengths[stored].astype(np.int64)
-        return torch.from_numpy(ids), torch.from_numpy(lengths)
+        return self.ids[stored], self.lengths[stored]
 
 
 def mapped_batches(root: Path, blocks: int, workers: int) -> Iterator[RowBatch]:
     """The memory map; without a worker also without a DataLoader."""
     dataset, starts = MappedRows(root, blocks), range(0, ENDLESS, BATCH_ROWS)
     if not workers:
-        return map(dataset.__getitem__, starts)
-    return iter(DataLoader(dataset, batch_size=None, sampler=starts, num_workers=workers, prefetch_factor=4))
+        return map(_as_tensors, map(dataset.__getitem__, starts))
+    loader = DataLoader(
+        dataset, batch_size=None, sampler=starts, num_workers=workers, prefetch_factor=4, collate_fn=_as_it_is
+    )
+    return map(_as_tensors, loader)
 
 
 def memory_growth_bytes(batches: Iterator[Any], blocks: int) -> tuple[int, int]:
@@ -179,7 +196,7 @@ def main() -> None:
         write_rows(root, blocks)
         corpus = open_corpus(root / "corpus")
         growth = {workers: memory_growth_bytes(our_batches(corpus, workers), blocks) for workers in (0, 1)}
-        readers = {
+        readers: dict[str, Callable[..., Iterator[Any]]] = {
             OURS: partial(our_batches, corpus),
             PER_ROW: partial(per_row_batches, root / "per_row"),
             BLOCKS: partial(block_batches, root / "corpus" / "train"),
