@@ -124,6 +124,9 @@ def _build(options: argparse.Namespace) -> int:
     manifest = join(config) if options.stage == "join" else build(config, progress=True)
     for name, split in manifest.splits.items():
         print(f"{name}: {split.documents:,} documents, {split.rows:,} rows, {split.tokens:,} tokens")
+    for reason, documents in vars(manifest.left_out).items():
+        if documents:
+            print(f"left out, {reason.replace('_', ' ')}: {documents:,} documents")
     print(f"corpus {config.output}, fingerprint {manifest.fingerprint}")
     return 0
 

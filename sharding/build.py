@@ -217,12 +217,6 @@ class _Build:
                 len(plan.unparsed),
                 _some(plan.unparsed),
             )
-        if duplicates := plan.left_out.exact_duplicates + plan.left_out.near_duplicates:
-            log.info(
-                "%d documents were left out as duplicates, %d of them near ones",
-                duplicates,
-                plan.left_out.near_duplicates,
-            )
         return manifest
 
     def _runs(self) -> list[Run]:

@@ -45,6 +45,22 @@ def test_finished_runs_and_shards_are_not_made_again(config: CorpusConfig) -> No
     assert not partial.exists()
 
 
+@pytest.mark.parametrize("suffix", [".ids", ".npz"])
+def test_a_run_that_was_damaged_is_named_and_made_again(config: CorpusConfig, suffix: str) -> None:
+    plain = replace(config, output=f"{config.output}-plain")
+    build(plain, progress=False)
+    prepare(config, 0, 1, progress=False)
+    path = sorted(Path(f"{config.output}.partial/runs").glob(f"*{suffix}"))[3]
+    with open(path, "r+b") as file:
+        file.truncate(path.stat().st_size * 2 // 3)
+    with pytest.raises(CorpusError, match=f"{path.stem}.npz or {path.stem}.ids is damaged"):
+        build(config, progress=False)
+    for both in (".ids", ".npz"):
+        path.with_suffix(both).unlink()
+    build(config, progress=False)
+    assert files_of(Path(config.output)) == files_of(Path(plain.output))
+
+
 def test_steps_that_come_too_early_name_what_is_missing(config: CorpusConfig) -> None:
     prepare(config, 1, 2, progress=False)
     with pytest.raises(CorpusError, match="3 of 6 parts .* not prepared: 00000-.*--stage prepare"):
