@@ -8,7 +8,7 @@ import os
 import random
 import signal
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from hashlib import sha256
 from pathlib import Path
@@ -174,9 +174,11 @@ def slow_fetch(folder: str, name: str, count: str, seconds: float) -> None:
     assert NodeCache(folder, 10 * SIZE).get(name, SIZE, fetch) == content_of(name)
 
 
-def until(condition: object) -> None:
-    """Wait until a condition holds; a test that waits for ever ends by its timeout."""
-    while not condition():  # type: ignore[operator]
+def until(condition: Callable[[], bool]) -> None:
+    """Wait until a condition holds; for ever is a minute."""
+    end = time.monotonic() + 60
+    while not condition():
+        assert time.monotonic() < end, "what was waited for did not come"
         time.sleep(0.005)
 
 
