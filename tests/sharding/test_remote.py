@@ -2,113 +2,30 @@
 
 import hashlib
 import json
-import logging
 import multiprocessing
-import os
 import random
-import signal
 import threading
 import time
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from concurrent.futures import Future, wait
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
-import torch
 
 from sharding import blocks, store
-from sharding.cache import NodeCache
-from sharding.manifest import Corpus, CorpusError, open_corpus
+from sharding.manifest import CorpusError, open_corpus
 from sharding.store import Store
-from sharding.stream import Batch, sequential, stream
+from sharding.stream import Batch, sequential
 from sharding.verify import verify
-from tests.sharding.servers import Proxy, Request, nginx, s3
-from tests.sharding.test_cache import small_disk, until
+from tests.sharding.conftest import SINGLE_BLOCKS, assert_same, block_paths, cached, read
+from tests.sharding.servers import Proxy, Request
+from tests.sharding.test_cache import until
 
 FORK = multiprocessing.get_context("fork")
-ROWS = 1440  # more than two epochs
 FAILURES = ["drop", "503", "429", "truncate", "lengthen", "wrong", "hang"]
-
-
-@pytest.fixture(scope="module")
-def proxies(tiny_corpus: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[str, Proxy]]:
-    """A fault-injecting proxy before a server of each kind, which holds the tiny corpus."""
-    with pytest.MonkeyPatch.context() as patch:
-        for key in ("AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY"):
-            patch.setenv(key, "testing")
-        patch.setenv("AWS_DEFAULT_REGION", "us-east-1")
-        patch.setenv("NO_PROXY", "127.0.0.1")
-        root = tiny_corpus.parent
-        with nginx(root, tmp_path_factory.mktemp("nginx")) as http_port, s3(root, "bucket") as s3_port:
-            proxies = {"http": Proxy(http_port), "s3": Proxy(s3_port)}
-            patch.setenv("AWS_ENDPOINT_URL", f"http://127.0.0.1:{proxies['s3'].port}")
-            yield proxies
-            for proxy in proxies.values():
-                proxy.shutdown()
-                proxy.server_close()
-
-
-@pytest.fixture(params=["http", "s3"])
-def remote(request: pytest.FixtureRequest, proxies: dict[str, Proxy], quick: None) -> tuple[str, Proxy]:
-    """URL of the corpus, and the proxy before it."""
-    proxy = proxies[request.param]
-    proxy.reset()
-    return {"http": f"http://127.0.0.1:{proxy.port}/tiny", "s3": "s3://bucket/tiny"}[request.param], proxy
-
-
-@pytest.fixture
-def over_http(proxies: dict[str, Proxy], quick: None) -> tuple[str, Proxy]:
-    """As ``remote``, by HTTP alone, where the protocol makes no difference."""
-    proxies["http"].reset()
-    return f"http://127.0.0.1:{proxies['http'].port}/tiny", proxies["http"]
-
-
-@pytest.fixture
-def quick(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Waits that suit a test; workers inherit them."""
-    monkeypatch.setattr(store, "FIRST_WAIT_S", 0.01)
-
-
-@pytest.fixture
-def log_lines(tmp_path: Path) -> Iterator[Callable[[], list[str]]]:
-    """What this process and its workers logged at WARNING and above."""
-    path = tmp_path / "log.txt"
-    handler = logging.FileHandler(path)
-    logging.getLogger("sharding").addHandler(handler)
-    yield lambda: path.read_text().splitlines()
-    logging.getLogger("sharding").removeHandler(handler)
-
-
-@pytest.fixture(scope="module")
-def local(tiny_corpus: Path) -> list[Batch]:
-    """The batches of the local corpus."""
-    return list(read(open_corpus(tiny_corpus)))
-
-
-def read(corpus: Corpus, **changes: Any) -> Iterator[Batch]:
-    settings = dict(
-        seed=5,
-        group_blocks=3,
-        start_row=0,
-        stop_row=ROWS,
-        global_batch_rows=48,
-        rank=0,
-        world_size=1,
-        workers=0,
-        prefetch_steps=2,
-        prefetch_blocks=4,
-    )
-    return stream(corpus, "train", **{**settings, **changes})  # type: ignore[arg-type]
-
-
-def assert_same(batches: list[Batch], expected: list[Batch]) -> None:
-    for left, right in zip(batches, expected, strict=True):
-        assert left.position == right.position
-        for name in ("ids_BS", "length_B", "segment_B"):
-            assert torch.equal(getattr(left, name), getattr(right, name)), name
 
 
 def once_each(kind: Callable[[], str]) -> Callable[[Request], str | None]:
@@ -122,14 +39,6 @@ def once_each(kind: Callable[[], str]) -> Callable[[Request], str | None]:
         return kind()
 
     return plan
-
-
-def cached(folder: Path, corpus: Corpus, share: float) -> NodeCache:
-    """A cache of ``share`` of the bytes of the training shards."""
-    return NodeCache(str(folder), int(share * sum(shard.bytes for shard in corpus.split("train").shards)))
-
-
-SINGLE_BLOCKS = 1.05  # all blocks fit, but not with room to spare: shards are not fetched whole
 
 
 @pytest.mark.parametrize("workers", [0, 2])
@@ -280,10 +189,6 @@ def test_damage_under_quarantine_is_masked_but_an_outage_is_not(
         list(read(corpus, quarantined=()))
 
 
-def block_paths(corpus: Corpus) -> list[str]:
-    return [shard.path for shard in corpus.split("train").shards for _ in shard.blocks]
-
-
 def masked_from(batch: Batch, blocks: set[int]) -> Batch:
     """A batch of the local corpus as it is when these blocks are masked: their ids are padding too."""
     masked = batch.masked({(0, block) for block in blocks})
@@ -369,130 +274,6 @@ def test_after_the_first_step_no_block_is_fetched_inside_a_step(
         wait(asked)
     assert_same(batches, local)
     assert len(asked) > len(block_paths(corpus))
-
-
-def consume(url: str, folder: str, share: float, rank: int, digests: str) -> None:
-    """In a process: read on from where the digests of the steps end, a line for each step that is done."""
-    corpus = open_corpus(url)
-    done = len(Path(digests).read_text().splitlines()) if Path(digests).exists() else 0
-    with open(digests, "a") as file:
-        for batch in read(
-            corpus,
-            start_row=done * 48,
-            rank=rank,
-            world_size=2,
-            node_cache=cached(Path(folder), corpus, share),
-        ):
-            file.write(digest(batch) + "\n")
-            file.flush()
-
-
-def digest(batch: Batch) -> str:
-    content = b"".join(tensor.numpy().tobytes() for tensor in (batch.ids_BS, batch.length_B, batch.segment_B))
-    return hashlib.sha256(content).hexdigest()
-
-
-@pytest.fixture(scope="module")
-def local_digests(tiny_corpus: Path) -> list[list[str]]:
-    """Of both of two ranks."""
-    corpus = open_corpus(tiny_corpus)
-    return [[digest(batch) for batch in read(corpus, rank=rank, world_size=2)] for rank in range(2)]
-
-
-@pytest.mark.parametrize("share", [0.3, SINGLE_BLOCKS])
-def test_processes_of_a_node_share_one_cache(
-    remote: tuple[str, Proxy], tmp_path: Path, local_digests: list[list[str]], share: float
-) -> None:
-    url, proxy = remote
-    targets = [tmp_path / f"{number}" for number in range(4)]
-    processes = [
-        FORK.Process(target=consume, args=(url, str(tmp_path / "cache"), share, number % 2, str(target)))
-        for number, target in enumerate(targets)
-    ]
-    for process in processes:
-        process.start()
-    for process in processes:
-        process.join()
-        assert process.exitcode == 0
-    for number, target in enumerate(targets):
-        assert target.read_text().splitlines() == local_digests[number % 2]
-    blocks = len(block_paths(open_corpus(url)))
-    counts = Counter(proxy.reads)
-    assert len(counts) == blocks
-    if share == SINGLE_BLOCKS:
-        assert set(counts.values()) == {1}, "one fetch per node"
-
-
-@pytest.mark.parametrize("share", [0.3, 3.0])
-def test_readers_that_are_killed_at_any_point(
-    over_http: tuple[str, Proxy], tmp_path: Path, local_digests: list[list[str]], share: float
-) -> None:
-    """Thirteen kills each; the readers after them go on exactly where a step was done."""
-    url, proxy = over_http
-    proxy.plan = lambda request: "slow" if request.range else None
-    chance = random.Random(4)
-    targets = [tmp_path / "0", tmp_path / "1"]
-
-    def start(rank: int) -> Any:
-        arguments = (url, str(tmp_path / "cache"), share, rank, str(targets[rank]))
-        process = FORK.Process(target=consume, args=arguments)
-        process.start()
-        return process
-
-    for kill in range(13):
-        process = start(kill % 2)
-        time.sleep(chance.uniform(0.0, 0.2))
-        os.kill(process.pid, signal.SIGKILL)
-        process.join()
-        for target in targets:  # a line that was cut by the kill was no step that was done
-            if target.exists():
-                whole = target.read_bytes().rpartition(b"\n")
-                target.write_bytes(whole[0] + whole[1])
-    for rank, target in enumerate(targets):
-        process = start(rank)
-        process.join()
-        assert process.exitcode == 0
-        assert target.read_text().splitlines() == local_digests[rank]
-    cached(tmp_path / "cache", open_corpus(url), share)
-    assert list((tmp_path / "cache" / "partial").iterdir()) == []
-
-
-@pytest.mark.parametrize("workers", [0, 2])
-def test_a_cache_disk_that_fills(
-    over_http: tuple[str, Proxy],
-    local: list[Batch],
-    tmp_path: Path,
-    log_lines: Callable[[], list[str]],
-    workers: int,
-) -> None:
-    corpus = open_corpus(over_http[0])
-    with small_disk(tmp_path / "disk", 40_960) as disk:
-        cache = NodeCache(str(disk / "cache"), 10**9)
-        assert_same(list(read(corpus, workers=workers, node_cache=cache)), local)
-    lines = log_lines()
-    assert 1 <= len(lines) <= max(1, workers)
-    assert all("No space left on device" in line and "reading goes on without it" in line for line in lines)
-
-
-@pytest.mark.parametrize("share", [SINGLE_BLOCKS, 3.0])
-def test_cached_files_that_rot_are_fetched_again(
-    over_http: tuple[str, Proxy],
-    local: list[Batch],
-    tmp_path: Path,
-    log_lines: Callable[[], list[str]],
-    share: float,
-) -> None:
-    corpus = open_corpus(over_http[0])
-    for _ in range(2):
-        list(read(corpus, node_cache=cached(tmp_path / "cache", corpus, share)))
-    rotten = [path for path in (tmp_path / "cache").iterdir() if path.is_file() and path.name != "used"]
-    for path in rotten:
-        content = bytearray(path.read_bytes())
-        content[len(content) // 3] ^= 16
-        path.write_bytes(content)
-    assert_same(list(read(corpus, node_cache=cached(tmp_path / "cache", corpus, share))), local)
-    lines = [line for line in log_lines() if "is damaged" in line]
-    assert lines and all("does not match its checksum" in line for line in lines)
 
 
 def test_a_url_with_a_secret_is_refused_without_repeating_it() -> None:
