@@ -39,8 +39,7 @@ def in_workers(function: Callable[[Job], Result], jobs: Iterable[Job], processes
             yield from (future.result() for future in done)
     except BrokenProcessPool as error:
         raise CorpusError(
-            "a worker process was killed, most often because memory ran out; "
-            f"set processes below {processes}"
+            f"a worker process was killed, most often because memory ran out; set processes below {processes}"
         ) from error
     except BaseException:
         parent.close()
