@@ -187,11 +187,11 @@ class NodeCache:
                     _unlock(descriptor)
 
     def _warn(self, error: OSError) -> None:
-        if not self._warned:
+        warned, self._warned = self._warned, True  # before the message: other threads come here too
+        if not warned:
             log.warning(
                 "cache %s cannot be used (%s); reading goes on without it", self.folder, error.strerror
             )
-            self._warned = True
 
 
 def _lock(path: Path, how: int) -> int:
