@@ -1,4 +1,4 @@
-"""Runs that read their corpus from servers: the same weights as from a disk, and clear words when they fail."""
+"""Runs that read their corpus from servers: the weights are those from a disk, and failures are clear."""
 
 from pathlib import Path
 from typing import Any
