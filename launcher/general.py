@@ -111,7 +111,7 @@ def distil(config: RunConfig) -> None:
     finally:
         if tracked is not None:
             tracked.finish(status)
-    dist.barrier()
+    world.disconnect()
 
 
 def check(config: RunConfig, place: World) -> Corpora:

@@ -1,6 +1,10 @@
 """Fixtures for all rooms: a tiny tokenizer and a tiny corpus, made here, with nothing downloaded."""
 
+import contextlib
+import ctypes
+import os
 import signal
+from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
@@ -45,6 +49,19 @@ def write_tiny_tokenizer(folder: Path) -> Path:
 def heed_interrupts() -> None:
     """Before exec: take Ctrl-C again, which a shell's background jobs, and so their children, ignore."""
     signal.signal(signal.SIGINT, signal.SIG_DFL)
+
+
+@contextlib.contextmanager
+def small_disk(folder: Path, size: int) -> Iterator[Path]:
+    """A file system of ``size`` bytes, mounted at ``folder``; skips the test where that is not allowed."""
+    folder.mkdir()
+    libc = ctypes.CDLL(None, use_errno=True)
+    if libc.mount(b"tmpfs", str(folder).encode(), b"tmpfs", 0, f"size={size}".encode()):
+        pytest.skip(f"a small tmpfs cannot be mounted here: {os.strerror(ctypes.get_errno())}")
+    try:
+        yield folder
+    finally:
+        libc.umount2(str(folder).encode(), 2)
 
 
 @pytest.fixture(scope="session")

@@ -90,6 +90,16 @@ def connect(world: World, environment: Mapping[str, str], timeout: timedelta) ->
     )
 
 
+def disconnect() -> None:
+    """Leave the process group once all ranks are done (collective).
+
+    The barrier gives gloo's threads time to let go of the last collective's tensors: what they drop while
+    Python shuts down ends the process with SIGABRT (torch 2.13).
+    """
+    dist.barrier()
+    dist.destroy_process_group()
+
+
 def sum_over_ranks(values: torch.Tensor) -> torch.Tensor:
     """Return the element-wise sum of ``values`` over all ranks (collective); ``values`` is overwritten."""
     dist.all_reduce(values)

@@ -1,6 +1,5 @@
 """The node's cache: one fetch per entry, a budget that holds; no crash and no full disk breaks anything."""
 
-import ctypes
 import fcntl
 import logging
 import multiprocessing
@@ -9,13 +8,14 @@ import random
 import signal
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager, suppress
+from contextlib import suppress
 from hashlib import sha256
 from pathlib import Path
 
 import pytest
 
 from sharding.cache import NodeCache
+from tests.conftest import small_disk
 
 FORK = multiprocessing.get_context("fork")
 SIZE = 10_000
@@ -40,19 +40,6 @@ def held(folder: Path) -> int:
                 if path.is_file() and path.name != "used":
                     sizes[status.st_ino] = status.st_size  # it may get its name while it is looked at
         return sum(sizes.values())
-
-
-@contextmanager
-def small_disk(folder: Path, size: int) -> Iterator[Path]:
-    """A file system of ``size`` bytes, mounted at ``folder``; skips the test where that is not allowed."""
-    folder.mkdir()
-    libc = ctypes.CDLL(None, use_errno=True)
-    if libc.mount(b"tmpfs", str(folder).encode(), b"tmpfs", 0, f"size={size}".encode()):
-        pytest.skip(f"a small tmpfs cannot be mounted here: {os.strerror(ctypes.get_errno())}")
-    try:
-        yield folder
-    finally:
-        libc.umount2(str(folder).encode(), 2)
 
 
 def test_an_entry_is_fetched_once(tmp_path: Path) -> None:

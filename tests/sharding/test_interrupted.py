@@ -1,10 +1,8 @@
 """Builds that end too early: what is finished stays, nothing is made twice, nobody else's work is touched."""
 
-import contextlib
 import ctypes
 import fcntl
-import os
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 
@@ -13,6 +11,7 @@ import pytest
 from configs.corpus_schema import CorpusConfig
 from sharding.build import build, join, pack, prepare
 from sharding.manifest import CorpusError, open_corpus
+from tests.conftest import small_disk
 from tests.sharding.test_build import files_of
 
 
@@ -113,19 +112,6 @@ def test_tasks_work_at_the_same_time_but_not_beside_a_whole_build(config: Corpus
         with pytest.raises(CorpusError, match="another build is writing"):
             build(config, progress=False)
     build(config, progress=False)
-
-
-@contextlib.contextmanager
-def small_disk(folder: Path, size: int) -> Iterator[Path]:
-    """A file system of ``size`` bytes, mounted at ``folder``; skips the test where that is not allowed."""
-    folder.mkdir()
-    libc = ctypes.CDLL(None, use_errno=True)
-    if libc.mount(b"tmpfs", str(folder).encode(), b"tmpfs", 0, f"size={size}".encode()):
-        pytest.skip(f"a small tmpfs cannot be mounted here: {os.strerror(ctypes.get_errno())}")
-    try:
-        yield folder
-    finally:
-        libc.umount2(str(folder).encode(), 2)
 
 
 def resize(disk: Path, size: int) -> None:

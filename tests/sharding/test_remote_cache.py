@@ -16,9 +16,9 @@ import pytest
 from sharding.cache import NodeCache
 from sharding.manifest import open_corpus
 from sharding.stream import Batch
+from tests.conftest import small_disk
 from tests.sharding.conftest import SINGLE_BLOCKS, assert_same, block_paths, cached, read
 from tests.sharding.servers import Proxy
-from tests.sharding.test_cache import small_disk
 
 FORK = multiprocessing.get_context("fork")
 

@@ -168,7 +168,7 @@ def main() -> None:
     }
     if place.is_main:
         results.write_text(json.dumps(found), encoding="utf-8")
-    dist.destroy_process_group()
+    world.disconnect()
 
 
 if __name__ == "__main__":

@@ -13,7 +13,7 @@ import torch
 
 from configs.load import to_dict
 from configs.schema import DataConfig, RunConfig, StudentConfig, TeacherConfig
-from tests.sharding.test_build import small_disk
+from tests.conftest import small_disk
 from trainer.checkpoint import (
     Checkpoint,
     CheckpointError,

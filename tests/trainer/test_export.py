@@ -12,7 +12,7 @@ from safetensors.torch import load_file
 from transformers import AutoModel, AutoTokenizer
 
 from configs.schema import Projection
-from tests.sharding.test_build import small_disk
+from tests.conftest import small_disk
 from tests.trainer.tiny import ARCHITECTURES, rows, tiny_encoder, tiny_student
 from trainer.capture import capture
 from trainer.export import export
