@@ -229,7 +229,11 @@ def measure_memory(bench: Bench) -> tuple[int, int]:
     while process.poll() is None:
         with contextlib.suppress(psutil.NoSuchProcess):
             parent = max(parent, process.memory_info().rss)
-            worker = max([worker, *(child.memory_info().rss for child in process.children())])
+            # One that has been forked and not yet begun has its parent's memory.
+            workers = [
+                child for child in process.children() if "multiprocessing" in " ".join(child.cmdline())
+            ]
+            worker = max([worker, *(child.memory_info().rss for child in workers)])
         time.sleep(0.02)
     if process.returncode:
         sys.exit(f"{' '.join(command)} failed")
