@@ -58,12 +58,13 @@ class Tracked:
             + ", ".join(student.name for student in config.students),
             system_metrics=settings.system_metrics,
         )
-        for corpus in corpora.corpora:
-            split = corpus.split("train")
+        for part in corpora.parts:
+            corpus, split = part.corpus, part.corpus.split("train")
             profile = {"documents": split.documents, "rows": split.rows, "tokens": split.tokens}
             location = corpus.store.location
             source = str(Path(location).resolve()) if corpus.store.is_local else location
-            run.log_dataset(corpus.store.name, corpus.fingerprint, source, profile)
+            tag = "corpus.fingerprint" + (f".{part.name}" if len(corpora.parts) > 1 else "")
+            run.log_dataset(part.name, corpus.fingerprint, source, profile, tag)
         if len(config.students) == 1:
             return cls(run, [run])
         children = [

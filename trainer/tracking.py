@@ -188,15 +188,20 @@ class Run:
         )
 
     def log_dataset(
-        self, name: str, fingerprint: str, source: str, profile: Mapping[str, int], context: str = "training"
+        self,
+        name: str,
+        fingerprint: str,
+        source: str,
+        profile: Mapping[str, int],
+        tag: str = "corpus.fingerprint",
     ) -> None:
-        """Queue a corpus as the run's MLflow dataset.
+        """Queue a corpus as an MLflow dataset of the run.
 
         Args:
-            fingerprint: Digest of the manifest. MLflow keeps 36 characters of a digest; the tag
-                ``corpus.fingerprint`` keeps the whole.
+            fingerprint: Digest of the manifest. MLflow keeps 36 characters of a digest, ``tag`` the whole.
             source: Where the corpus lies.
             profile: Counts, such as rows and tokens.
+            tag: One of several corpora has a tag of its own.
         """
         dataset = Dataset(
             name=name,
@@ -205,11 +210,11 @@ class Run:
             source=json.dumps({"uri": _public(source)}),
             profile=json.dumps(dict(profile)),
         )
-        entry = DatasetInput(dataset, [InputTag("mlflow.data.context", context)])
+        entry = DatasetInput(dataset, [InputTag("mlflow.data.context", "training")])
 
         def send() -> None:
             self._client.log_inputs(self.id, [entry])
-            self._client.set_tag(self.id, "corpus.fingerprint", fingerprint)
+            self._client.set_tag(self.id, tag, fingerprint)
 
         self._outbox.call(f"dataset {name}", send)
 

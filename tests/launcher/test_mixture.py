@@ -55,7 +55,9 @@ def test_losses_by_corpus_and_the_same_on_any_number_of_ranks(
     experiment = client.get_experiment_by_name("distillation")
     assert experiment is not None
     run = client.search_runs([experiment.experiment_id], filter_string="attributes.run_name = 'run-2'")[0]
-    assert {entry.dataset.name for entry in run.inputs.dataset_inputs} == {"tiny", "short"}
+    assert {entry.dataset.name for entry in run.inputs.dataset_inputs} == {"wiki", "short"}
+    short = open_corpus(mixed["data"]["mixture"][1]["corpus"])
+    assert run.data.tags["corpus.fingerprint.short"] == short.fingerprint
 
     def steps(key: str) -> list[int]:
         return [metric.step for metric in client.get_metric_history(run.info.run_id, key)]
@@ -64,9 +66,7 @@ def test_losses_by_corpus_and_the_same_on_any_number_of_ranks(
     assert sorted(steps("loss/corpus/wiki/total") + steps("loss/corpus/short/total")) == list(range(1, 9))
     assert len(steps("loss/corpus/short/total")) == 2
     last = run.data.metrics
-    assert last["progress/epoch/short"] == pytest.approx(
-        2 * 24 / open_corpus(mixed["data"]["mixture"][1]["corpus"]).split("train").rows
-    )
+    assert last["progress/epoch/short"] == pytest.approx(2 * 24 / short.split("train").rows)
 
 
 def test_a_mixture_resumes_bitwise_and_refuses_another(
