@@ -1,5 +1,6 @@
 """Worker processes: spawned, silent on Ctrl-C, gone when their parent is."""
 
+import contextlib
 import multiprocessing
 import os
 import signal
@@ -30,7 +31,8 @@ def in_workers(function: Callable[[Job], Result], jobs: Iterable[Job], processes
     under_way: set[Future[Result]] = set()
     try:
         for job in jobs:
-            under_way.add(pool.submit(function, job))
+            with _interrupts_later():
+                under_way.add(pool.submit(function, job))
             if len(under_way) > processes + 1:
                 done, under_way = wait(under_way, return_when=FIRST_COMPLETED)
                 yield from (future.result() for future in done)
@@ -48,6 +50,24 @@ def in_workers(function: Callable[[Job], Result], jobs: Iterable[Job], processes
         pool.shutdown(cancel_futures=True)
         parent.close()
         alive.close()
+
+
+@contextlib.contextmanager
+def _interrupts_later() -> Iterator[None]:
+    """Ctrl-C counts when this ends: a worker that is half started would end in a traceback of its own."""
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    asked: list[int] = []
+    handler = signal.signal(signal.SIGINT, lambda number, _: asked.append(number))
+    mask = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})  # for workers that start meanwhile
+    try:
+        yield
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, mask)
+        signal.signal(signal.SIGINT, handler)
+    if asked:
+        raise KeyboardInterrupt
 
 
 def _start(alive: Connection) -> None:
