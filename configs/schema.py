@@ -79,8 +79,24 @@ class TeacherConfig:
 
 
 @dataclass
+class RelationConfig:
+    """MiniLMv2's self-attention relations: of queries, of keys, of values (Wang et al., arXiv:2012.15828)."""
+
+    weight: float = 0.0
+    """Weight of each of the three."""
+    heads: int | None = None
+    """Relation heads: all heads' queries (keys, values) are split anew into so many; must divide both hidden
+    sizes. Not set: 48, or the largest number below that divides both."""
+    student_layer: int | None = None
+    """Student layer that learns; not set: the last."""
+    teacher_layer: int | None = None
+    """Teacher layer that it learns from; not set: the last. The paper takes one above the middle of large
+    teachers."""
+
+
+@dataclass
 class LossConfig:
-    """Weights of the terms of L_model (DESIGN: section 2). A weight of 0 switches the term off."""
+    """Weights of the terms of L_model (docs/method.md). A weight of 0 switches the term off."""
 
     embedding: float = 1.0
     """Weight of L_embd, the MSE of the embedding outputs."""
@@ -88,9 +104,17 @@ class LossConfig:
     """Weight of L_hidn, the MSE of the layers' hidden states."""
     attention: float = 1.0
     """Weight of L_attn, the MSE of the attention scores before the softmax."""
+    cosine: float = 0.0
+    """Weight of the cosine distance of the layers' hidden states (DistilBERT, arXiv:1910.01108)."""
+    relation: RelationConfig = field(default_factory=RelationConfig)
+    """MiniLMv2's relations, of one layer."""
+    prediction: float = 0.0
+    """Weight of the divergence of the masked-language-model predictions; needs a teacher with that head."""
+    temperature: float = 1.0
+    """Of the predictions of both models."""
     layers: list[float] | None = None
     """lambda_m for the student's layers 1..M; all 1 when not set."""
-    relation_heads: int | None = None
+    attention_heads: int | None = None
     """Number of heads on which student and teacher attention are compared; must divide both head counts.
     Not set: the common count when equal, otherwise the greatest common divisor, refused when that is 1."""
 

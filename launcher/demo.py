@@ -161,13 +161,13 @@ def teacher_layers(config: RunConfig, student: StudentConfig, corpus: Corpus) ->
             intermediate_size=hf_config.intermediate_size,
             init="teacher",
         )
-        module = models.build_student(wide, teacher, hf_config, config.train.seed).eval()
+        module = models.build_student(wide, lambda: teacher, hf_config, config.train.seed).eval()
 
         def teach(inputs: Inputs) -> Captured:
-            return capture(teacher, inputs.ids_BS, inputs.attention_mask_BS, inputs.token_type_BS)
+            return capture(teacher, inputs.ids_BS, inputs.attention_mask, inputs.token_type_BS)
 
         def learn(inputs: Inputs) -> Captured:
-            return Captured(**module(inputs.ids_BS, inputs.attention_mask_BS, inputs.token_type_BS))
+            return Captured(**module(inputs.ids_BS, inputs.attention_mask, inputs.token_type_BS))
 
         losses = evaluate(
             teach,

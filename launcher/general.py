@@ -38,9 +38,9 @@ from trainer.checkpoint import Checkpoint, Progress
 from trainer.export import export
 from trainer.flops import encoder_forward_flops, matrix_rate
 from trainer.loop import NonFiniteError, Run, Trainee, total_steps, train
-from trainer.losses import needed_layers
 from trainer.meter import CorpusMeter, SpeedMeter
 from trainer.models import Inputs, build_student
+from trainer.transfer import teacher_need
 from trainer.world import World
 
 log = logging.getLogger("distil")
@@ -200,7 +200,7 @@ def build(config: RunConfig, place: World, corpora: Corpora, resumed: Checkpoint
     teacher = encoders.load_teacher(config.teacher, place.device)
     check_supported(teacher)
     trainees = [make_trainee(config, student, teacher, place, resumed) for student in config.students]
-    hidden, layers = needed_layers([trainee.transfer for trainee in trainees])
+    need = teacher_need([trainee.transfer for trainee in trainees])
     if len(corpora.parts) > 1:
         names = [part.name for part in corpora.parts]
         for trainee in trainees:
@@ -211,10 +211,9 @@ def build(config: RunConfig, place: World, corpora: Corpora, resumed: Checkpoint
         return capture(
             teacher,
             inputs.ids_BS,
-            inputs.attention_mask_BS,
+            inputs.attention_mask,
             inputs.token_type_BS,
-            layers=layers,
-            hidden=hidden,
+            need=need,
         )
 
     return Run(
@@ -238,7 +237,7 @@ def make_trainee(
     resumed: Checkpoint | None,
 ) -> Trainee:
     """Make one student and its engine (collective), new or as a checkpoint has it."""
-    module = build_student(student, teacher, teacher.config, config.train.seed)
+    module = build_student(student, lambda: teacher, teacher.config, config.train.seed)
     settings = derive(config, student, place.size, pin_memory=place.device.type == "cuda")
     state = resumed.students[student.name] if resumed is not None else None
     if state is not None:

@@ -20,6 +20,8 @@ HOMES = {
 
 PURE = [
     "trainer/losses.py",
+    "trainer/transfer.py",
+    "trainer/layout.py",
     "trainer/layer_map.py",
     "trainer/schedule.py",
     "sharding/order.py",

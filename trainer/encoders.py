@@ -6,7 +6,14 @@ from typing import Any
 
 import torch
 from safetensors import SafetensorError
-from transformers import AutoConfig, AutoModel, AutoTokenizer, PreTrainedConfig, PreTrainedModel
+from transformers import (
+    AutoConfig,
+    AutoModel,
+    AutoModelForMaskedLM,
+    AutoTokenizer,
+    PreTrainedConfig,
+    PreTrainedModel,
+)
 from transformers.models.auto.modeling_auto import MODEL_MAPPING
 from transformers.utils import cached_file
 from transformers.utils import logging as hf_logging
@@ -51,7 +58,7 @@ def load_teacher(config: TeacherConfig, device: torch.device) -> PreTrainedModel
     return teacher.eval().requires_grad_(False)
 
 
-def load_encoder(model: str, **settings: Any) -> PreTrainedModel:
+def load_encoder(model: str, head: bool = False, **settings: Any) -> PreTrainedModel:
     """Load an encoder without a pooler, quietly, unless weights are missing.
 
     Heads in the file that an encoder does not have are left unread; a weight that the file lacks would be
@@ -59,6 +66,7 @@ def load_encoder(model: str, **settings: Any) -> PreTrainedModel:
 
     Args:
         model: folder or hub name.
+        head: with its masked-language-model head.
         settings: of ``AutoModel.from_pretrained``, and of the encoder's config, where they replace its own.
 
     Raises:
@@ -69,8 +77,8 @@ def load_encoder(model: str, **settings: Any) -> PreTrainedModel:
     hf_logging.set_verbosity_error()
     hf_logging.disable_progress_bar()
     try:
-        encoder, report = AutoModel.from_pretrained(
-            model, **settings, **_no_pooler(config), output_loading_info=True
+        encoder, report = _auto(head).from_pretrained(
+            model, **settings, **_no_pooler(config, head), output_loading_info=True
         )
     except (OSError, SafetensorError) as error:
         raise ValueError(f"the weights of {model} cannot be read: {error}") from error
@@ -78,20 +86,22 @@ def load_encoder(model: str, **settings: Any) -> PreTrainedModel:
         hf_logging.set_verbosity(verbosity)
     if report["missing_keys"]:
         raise ValueError(
-            f"{model} lacks {len(report['missing_keys'])} weights of a {config.model_type} encoder, such as "
-            f"{sorted(report['missing_keys'])[0]}; they would be random. Use a complete pretrained encoder"
+            f"{model} lacks {len(report['missing_keys'])} weights of a {config.model_type} encoder"
+            f"{_WITH_HEAD * head}, such as {sorted(report['missing_keys'])[0]}; they would be random. "
+            f"Use a complete pretrained encoder{_OR_NO_PREDICTION * head}"
         )
     return encoder
 
 
-def new_encoder(config: PreTrainedConfig) -> PreTrainedModel:
-    """Return an encoder with random float32 weights, ready to be captured.
+def new_encoder(config: PreTrainedConfig, head: bool = False) -> PreTrainedModel:
+    """Return an encoder with random float32 weights, ready to be captured, on request with its
+    masked-language-model head.
 
     Raises:
         ValueError: an architecture without an encoder to capture, or a setting that it cannot use.
     """
     try:
-        encoder = AutoModel.from_config(config, dtype=torch.float32, **_no_pooler(config))
+        encoder = _auto(head).from_config(config, dtype=torch.float32, **_no_pooler(config, head))
     except (KeyError, ValueError, TypeError) as error:
         raise ValueError(f"no {config.model_type} encoder can be made of these settings: {error}") from error
     enable_capture(encoder)
@@ -127,7 +137,17 @@ def check_sha256(config: TeacherConfig) -> None:
         )
 
 
-def _no_pooler(config: PreTrainedConfig) -> dict[str, bool]:
+_WITH_HEAD = " with a masked-language-model head"
+_OR_NO_PREDICTION = ", or set losses.prediction=0"
+
+
+def _auto(head: bool) -> Any:
+    return AutoModelForMaskedLM if head else AutoModel
+
+
+def _no_pooler(config: PreTrainedConfig, head: bool) -> dict[str, bool]:
+    if head:
+        return {}  # a class with this head makes no pooler
     model_class: Any = MODEL_MAPPING[type(config)]
     has_pooler = "add_pooling_layer" in inspect.signature(model_class).parameters
     return {"add_pooling_layer": False} if has_pooler else {}

@@ -105,7 +105,7 @@ class Engine:
 
     def __call__(self, inputs: Inputs) -> Captured:
         """Return the student's capture of one micro batch (collective at ZeRO stage 3)."""
-        return Captured(**self._engine(inputs.ids_BS, inputs.attention_mask_BS, inputs.token_type_BS))
+        return Captured(**self._engine(inputs.ids_BS, inputs.attention_mask, inputs.token_type_BS))
 
     def train(self, mode: bool = True) -> None:
         """Switch dropout on or off."""

@@ -9,9 +9,10 @@ from sharding.corpora import Corpora
 from sharding.manifest import Corpus
 from sharding.stream import Batch, sequential
 from trainer.capture import Captured
-from trainer.losses import Transfer, distil
+from trainer.layout import row_counts
 from trainer.meter import CorpusMeter
 from trainer.models import Inputs
+from trainer.transfer import Transfer, distil
 from trainer.world import World
 
 Encode = Callable[[Inputs], Captured]
@@ -28,6 +29,7 @@ def evaluate(
     micro_batch_rows: int,
     world: World,
     mask_damaged: bool = False,
+    separator: int | None = None,
 ) -> list[dict[str, float]]:
     """Return each student's losses, ``total`` first, over the first held-out rows (collective).
 
@@ -47,13 +49,14 @@ def evaluate(
             sequential, corpus, "heldout", mask_damaged=mask_damaged, node_cache=corpora.node_cache
         )
         for batch, counted in _equal_turns(read, own_rows, micro_batch_rows, world):
-            inputs = Inputs.of(batch, slice(None), world.device)
+            inputs = Inputs.of(batch, slice(None), world.device, separator)
+            counts_B2 = row_counts(batch.ids_BS, batch.length_B, separator)
             targets = teacher(inputs)
             corpus_B = torch.full_like(batch.length_B, number).to(world.device)
             for (encode, transfer), meter in zip(students, meters, strict=True):
-                sums = distil(encode(inputs), targets, inputs.mask_BS, transfer)
+                sums = distil(encode(inputs), targets, inputs.layout, transfer)
                 if counted:
-                    meter.add(sums, corpus_B, batch.length_B.to(world.device))
+                    meter.add(sums, corpus_B, counts_B2.to(world.device))
     return [meter.means(world.device) for meter in meters]
 
 

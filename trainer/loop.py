@@ -18,11 +18,12 @@ from sharding.stream import Batch, stream
 from trainer.checkpoint import Progress
 from trainer.engine import Engine, StepResult
 from trainer.evaluation import Encode, evaluate
-from trainer.losses import Transfer, denominators, distil, total, valid_counts, weights
+from trainer.layout import row_counts
 from trainer.meter import CorpusMeter, LossMeter, SpeedMeter
 from trainer.models import Inputs
 from trainer.quarantine import mask_damaged
 from trainer.schedule import lr_multiplier
+from trainer.transfer import Transfer, denominators, distil, total, weights
 from trainer.world import World, sum_over_ranks
 
 
@@ -72,6 +73,8 @@ class Run:
     speed: SpeedMeter
     progress: Progress
     total_steps: int
+    separator: int | None = None
+    """Id of the token that ends a document, where a row's documents are kept apart."""
 
 
 def total_steps(config: RunConfig, corpora: Corpora) -> int:
@@ -120,20 +123,21 @@ def _accumulate_gradients(run: Run, batch: Batch) -> int:
     batch: so neither ranks, nor micro batches, nor padding change loss or gradient.
     """
     device, size = run.world.device, run.config.train.micro_batch_rows
-    counts = sum_over_ranks(valid_counts(batch.length_B).to(device))
+    counts_B2 = row_counts(batch.ids_BS, batch.length_B, run.separator)
+    counts = sum_over_ranks(counts_B2.sum(dim=0).to(device))
     tokens, pairs = counts.clamp(min=1).tolist()  # 0: every row of the step is masked
     for micro, start in enumerate(range(0, len(batch.length_B), size)):
         rows = slice(start, start + size)
-        inputs = Inputs.of(batch, rows, device)
+        inputs = Inputs.of(batch, rows, device, run.separator)
         targets = run.teach(inputs)
         for trainee in run.trainees:
             _seed_dropout(run.config.train.seed, run.progress.step, run.world.rank, micro)
-            sums = distil(trainee.engine(inputs), targets, inputs.mask_BS, trainee.transfer)
+            sums = distil(trainee.engine(inputs), targets, inputs.layout, trainee.transfer)
             counted = denominators(trainee.transfer, tokens, pairs, run.teacher_hidden_size)
             trainee.engine.backward(total(sums, counted, weights(trainee.transfer)))
             trainee.losses.add(sums, counted)
             if trainee.by_corpus is not None:
-                trainee.by_corpus.add(sums, batch.corpus_B[rows].to(device), batch.length_B[rows].to(device))
+                trainee.by_corpus.add(sums, batch.corpus_B[rows].to(device), counts_B2[rows].to(device))
     return int(tokens)
 
 
@@ -208,6 +212,7 @@ def _evaluate(run: Run, listener: Listener) -> None:
         run.config.train.micro_batch_rows,
         run.world,
         mask_damaged=run.config.data.damaged is Damaged.quarantine,
+        separator=run.separator,
     )
     for trainee in run.trainees:
         trainee.engine.train(True)

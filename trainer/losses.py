@@ -5,21 +5,18 @@ by one global count leaves loss and gradient independent of how rows are spread.
 besides how well each corpus of a mixture is learned. Sums are float32 whatever the inputs are (float64 for
 float64 inputs), also under autocast.
 
-Letters: B rows, S sequence, H heads, R relation heads, D head dim, E hidden dim. ``mask_BS`` is true (or 1)
+Letters: B rows, S sequence, H heads, R attention heads, D head dim, E hidden dim. ``mask_BS`` is true (or 1)
 for valid tokens. docs/method.md has the maths. Source: Jiao et al. 2019, arXiv:1909.10351, section 3.1.
 """
 
 import math
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
-
-from trainer.capture import Captured
 
 
 def squared_error_sum(student_BSE: Tensor, teacher_BSE: Tensor, mask_BS: Tensor) -> Tensor:
@@ -42,7 +39,7 @@ def soft_cross_entropy_sum(
     return (entropy if mask is None else entropy.masked_fill(~mask.bool(), 0)).sum()
 
 
-def relation_heads(student_heads: int, teacher_heads: int, requested: int | None = None) -> int:
+def common_heads(student_heads: int, teacher_heads: int, requested: int | None = None) -> int:
     """R, the number of heads on which the attention of student and teacher is compared.
 
     ``requested`` if given; else the common head count; else the greatest common divisor.
@@ -55,33 +52,33 @@ def relation_heads(student_heads: int, teacher_heads: int, requested: int | None
         if requested < 1 or common % requested:
             fits = [r for r in range(1, common + 1) if common % r == 0]
             raise ValueError(
-                f"relation_heads={requested} must divide both head counts ({shown}); these do: {fits}"
+                f"attention_heads={requested} must divide both head counts ({shown}); these do: {fits}"
             )
         return requested
     if common == 1 < min(student_heads, teacher_heads):
         raise ValueError(
             f"the head counts have no common divisor but 1 ({shown}): change the student's heads, or set "
-            "relation_heads=1 to compare the sum of all heads"
+            "attention_heads=1 to compare the sum of all heads"
         )
     return common
 
 
-def group_heads(x_BHSD: Tensor, relation_heads: int) -> Tensor:
-    """[B, H, S, D] -> [B, R, S, g D]: every relation head concatenates g = H / R consecutive heads.
+def group_heads(x_BHSD: Tensor, attention_heads: int) -> Tensor:
+    """[B, H, S, D] -> [B, R, S, g D]: every attention head concatenates g = H / R consecutive heads.
 
-    So its raw score is the sum of theirs, q k' = sum_i q_i k_i'. See ``relation_scaling``.
+    So its raw score is the sum of theirs, q k' = sum_i q_i k_i'. See ``grouped_scaling``.
     """
-    if x_BHSD.shape[1] == relation_heads:
+    if x_BHSD.shape[1] == attention_heads:
         return x_BHSD
-    return x_BHSD.unflatten(1, (relation_heads, -1)).transpose(2, 3).flatten(3)
+    return x_BHSD.unflatten(1, (attention_heads, -1)).transpose(2, 3).flatten(3)
 
 
-def relation_scaling(scaling: float, heads: int, relation_heads: int) -> float:
-    """Scaling / sqrt(g) for g = H / R heads in a relation head: 1 / sqrt(D) becomes 1 / sqrt(g D).
+def grouped_scaling(scaling: float, heads: int, attention_heads: int) -> float:
+    """Scaling / sqrt(g) for g = H / R heads in an attention head: 1 / sqrt(D) becomes 1 / sqrt(g D).
 
     A sum of g independent scores has g times their variance: this keeps the scale the same for any g.
     """
-    return scaling / math.sqrt(heads / relation_heads)
+    return scaling / math.sqrt(heads / attention_heads)
 
 
 def attention_error_sum(
@@ -170,97 +167,3 @@ def _exact_products(device_type: str) -> Iterator[None]:
 
 def _widen(x: Tensor) -> Tensor:
     return x.to(torch.promote_types(x.dtype, torch.float32))
-
-
-@dataclass(frozen=True)
-class Transfer:
-    """What one student learns from the teacher. Terms and layers of weight 0 are never computed."""
-
-    layer_map: tuple[int, ...]
-    """g(1..M), 1-based teacher layers."""
-    relation_heads: int
-    """R, the number of heads on which attention is compared."""
-    embedding: float
-    """Weight of L_embd."""
-    hidden: float
-    """Weight of L_hidn."""
-    attention: float
-    """Weight of L_attn."""
-    layers: tuple[float, ...]
-    """lambda_1..lambda_M. The embeddings, layer 0, have the weight ``embedding`` alone."""
-
-
-def weights(transfer: Transfer) -> dict[str, float]:
-    """Weight of every term in the total, by key: ``embedding``, ``hidden/m``, ``attention/m``. No zeros."""
-    every = {"embedding": transfer.embedding}
-    for m, lambda_m in enumerate(transfer.layers, start=1):
-        every[f"hidden/{m}"] = transfer.hidden * lambda_m
-        every[f"attention/{m}"] = transfer.attention * lambda_m
-    return {key: weight for key, weight in every.items() if weight}
-
-
-def needed_layers(transfers: Iterable[Transfer]) -> tuple[set[int], set[int]]:
-    """Teacher layers that some student learns from: of hidden states (0: embeddings), and of attention."""
-    hidden: set[int] = set()
-    attention: set[int] = set()
-    for transfer in transfers:
-        wanted = weights(transfer)
-        pairs = list(enumerate((0, *transfer.layer_map)))
-        hidden |= {g for m, g in pairs if _hidden_key(m) in wanted}
-        attention |= {g for m, g in pairs if f"attention/{m}" in wanted}
-    return hidden, attention
-
-
-def distil(student: Captured, teacher: Captured, mask_BS: Tensor, transfer: Transfer) -> dict[str, Tensor]:
-    """The error sums of one batch's rows, [B] for each key of ``weights(transfer)``.
-
-    The student's hidden states are already projected to the teacher's width.
-    """
-    wanted = weights(transfer)
-    sums: dict[str, Tensor] = {}
-    for m, g in enumerate((0, *transfer.layer_map)):
-        if (key := _hidden_key(m)) in wanted:
-            sums[key] = squared_error_sum(_kept(student.hidden[m]), _kept(teacher.hidden[g]), mask_BS)
-        if (key := f"attention/{m}") in wanted:
-            q_S, k_S, scaling_S = _relation(student, m, transfer.relation_heads)
-            q_T, k_T, scaling_T = _relation(teacher, g, transfer.relation_heads)
-            sums[key] = attention_error_sum(q_S, k_S, q_T, k_T, scaling_S, scaling_T, mask_BS)
-    return sums
-
-
-def _hidden_key(m: int) -> str:
-    return f"hidden/{m}" if m else "embedding"
-
-
-def _relation(captured: Captured, layer: int, relation_heads: int) -> tuple[Tensor, Tensor, float]:
-    """Grouped queries and keys of a 1-based layer, and the scaling of their scores."""
-    query, key = _kept(captured.queries[layer - 1]), _kept(captured.keys[layer - 1])
-    scaling = relation_scaling(captured.scalings[layer - 1], query.shape[1], relation_heads)
-    return group_heads(query, relation_heads), group_heads(key, relation_heads), scaling
-
-
-def _kept(x: Tensor | None) -> Tensor:
-    assert x is not None, "the capture left out a layer that the loss needs"
-    return x
-
-
-def valid_counts(length_B: Tensor) -> Tensor:
-    """[tokens, pairs], int64: sums of row lengths and of their squares; they add up over ranks, batches."""
-    length_B = length_B.long()
-    return torch.stack((length_B.sum(), length_B.square().sum()))
-
-
-def denominators(
-    transfer: Transfer, tokens: float, pairs: float, teacher_hidden_size: int
-) -> dict[str, float]:
-    """Element count of every term from GLOBAL counts: tokens * E for states, R * pairs for attention."""
-    attention = transfer.relation_heads * pairs
-    states = tokens * teacher_hidden_size
-    return {key: attention if key.startswith("attention/") else states for key in weights(transfer)}
-
-
-def total(
-    sums: Mapping[str, Tensor], denominators: Mapping[str, float], weights: Mapping[str, float]
-) -> Tensor:
-    """L_model = sum over terms and rows of weight * sum / denominator. Scalar, differentiable."""
-    return torch.stack([weights[key] / denominators[key] * value_B for key, value_B in sums.items()]).sum()

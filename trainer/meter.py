@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from sharding.stream import Batch
-from trainer.losses import Transfer, denominators, weights
+from trainer.transfer import Transfer, denominators, weights
 from trainer.world import World, sum_over_ranks
 
 
@@ -45,9 +45,8 @@ class CorpusMeter:
         self._sums: dict[str, Tensor] = {}  # float64 [corpora]
         self._counts: Tensor | None = None  # tokens and pairs: int64 [corpora, 2]
 
-    def add(self, sums: Mapping[str, Tensor], corpus_B: Tensor, length_B: Tensor) -> None:
-        """Add one micro batch: a sum per row and term, each row's corpus and its valid tokens."""
-        counts_B2 = torch.stack((length_B, length_B.square()), dim=1)
+    def add(self, sums: Mapping[str, Tensor], corpus_B: Tensor, counts_B2: Tensor) -> None:
+        """Add one micro batch: a sum per row and term, each row's corpus, its valid tokens and pairs."""
         if self._counts is None:
             self._counts = counts_B2.new_zeros(len(self.names), 2)
             self._sums = {key: corpus_B.new_zeros(len(self.names), dtype=torch.float64) for key in sums}

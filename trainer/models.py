@@ -3,8 +3,9 @@
 Letters: B rows, S sequence, E hidden dim, M student layers, N teacher layers.
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -12,10 +13,11 @@ from transformers import PreTrainedConfig, PreTrainedModel
 
 from configs.schema import Projection, StudentConfig
 from sharding.stream import Batch
-from trainer.capture import capture, enable_capture
+from trainer.capture import Need, capture, enable_capture, layers_of
 from trainer.encoders import load_encoder, new_encoder
-from trainer.layer_map import resolve
-from trainer.shapes import student_hf_config
+from trainer.layout import Layout, document_BS, layout
+from trainer.shapes import student_hf_config, transfer
+from trainer.transfer import student_need
 
 
 @dataclass(frozen=True)
@@ -23,21 +25,38 @@ class Inputs:
     """One micro batch on the device, as an encoder takes it."""
 
     ids_BS: Tensor  # int64
-    mask_BS: Tensor  # bool, True where the token is valid: what losses count
-    attention_mask_BS: Tensor  # bool, what encoders attend to; in a row without a valid token, its first
+    layout: Layout  # what losses count
+    attention_mask: (
+        Tensor | None
+    )  # bool, what encoders attend to: None (all), [B, S] tokens, [B, 1, S, S] pairs
     token_type_BS: Tensor  # int64, 1 from segment B on
 
     @classmethod
-    def of(cls, batch: Batch, rows: slice, device: torch.device) -> "Inputs":
-        """Return ``rows`` of a batch on ``device``."""
-        ids_BS = batch.ids_BS[rows].to(device, non_blocking=True)
-        length_B1 = batch.length_B[rows, None].to(device, non_blocking=True)
+    def of(cls, batch: Batch, rows: slice, device: torch.device, separator: int | None = None) -> "Inputs":
+        """Return ``rows`` of a batch on ``device``; a ``separator`` id keeps a row's documents apart."""
+        ids_BS, length_B = batch.ids_BS[rows], batch.length_B[rows]
+        found = layout(ids_BS, length_B, separator).to(device)
         segment_B1 = batch.segment_B[rows, None].to(device, non_blocking=True)
         index_S = torch.arange(ids_BS.shape[1], device=device)
-        mask_BS = index_S < length_B1
-        # A softmax over nothing has no value; what comes of such a row is masked in every loss.
-        attention_mask_BS = index_S < length_B1.clamp(min=1)
-        return cls(ids_BS, mask_BS, attention_mask_BS, ((index_S >= segment_B1) & mask_BS).long())
+        token_type_BS = ((index_S >= segment_B1) & found.mask_BS).long()
+        return cls(ids_BS.to(device, non_blocking=True), found, attention_mask(found), token_type_BS)
+
+
+def attention_mask(layout: Layout) -> Tensor | None:
+    """Return what encoders attend to, bool.
+
+    None where every token sees its whole row, [B, S] of valid tokens, or [B, 1, S, S] of pairs within a
+    document. A softmax over nothing has no value, so a query without a valid key sees one all the same;
+    what comes of it is masked in every loss.
+    """
+    if layout.documents is not None:
+        number_BS = document_BS(layout)
+        return (number_BS[:, :, None] == number_BS[:, None, :])[:, None]
+    if layout.full:
+        return None
+    mask_BS = layout.mask_BS.clone()
+    mask_BS[:, 0] = True
+    return mask_BS
 
 
 class Student(nn.Module):
@@ -46,9 +65,17 @@ class Student(nn.Module):
     The projections learn with the encoder and stay behind when it is exported.
     """
 
-    def __init__(self, encoder: PreTrainedModel, teacher_hidden_size: int, projection: Projection) -> None:
+    def __init__(
+        self,
+        encoder: PreTrainedModel,
+        teacher_hidden_size: int,
+        projection: Projection,
+        need: Need | None = None,
+    ) -> None:
+        """Args: ``need`` is what the losses look at; everything when None."""
         super().__init__()
         self.encoder = encoder
+        self.need = need
         layers, hidden_size = encoder.config.num_hidden_layers, encoder.config.hidden_size
         self.projection_of_layer = {  # index of the projection for layers 0 (embeddings), 1, ..., M
             Projection.shared: [0] * (layers + 1),
@@ -62,22 +89,25 @@ class Student(nn.Module):
         for weight in self.projections.parameters():
             nn.init.normal_(weight, std=encoder.config.initializer_range)
 
-    def forward(self, ids_BS: Tensor, mask_BS: Tensor, token_type_BS: Tensor) -> dict[str, list]:
+    def forward(self, ids_BS: Tensor, attention_mask: Tensor | None, token_type_BS: Tensor) -> dict[str, Any]:
         """Return the fields of the encoder's ``Captured``, hidden states projected to the teacher's width.
 
         A plain dict, because wrappers (DeepSpeed, DistributedDataParallel) hook the tensors that they find
         in tuples, lists and dicts; without these hooks DeepSpeed's bf16 optimizer adds gradients up twice.
         """
-        captured = capture(self.encoder, ids_BS, mask_BS, token_type_BS)
+        captured = capture(self.encoder, ids_BS, attention_mask, token_type_BS, need=self.need)
         projected = [
-            self.projections[index](hidden_BSE)
+            None if hidden_BSE is None else self.projections[index](hidden_BSE)
             for index, hidden_BSE in zip(self.projection_of_layer, captured.hidden, strict=True)
         ]
         return {**vars(captured), "hidden": projected}
 
 
 def build_student(
-    student: StudentConfig, teacher: PreTrainedModel, teacher_config: PreTrainedConfig, seed: int
+    student: StudentConfig,
+    teacher: Callable[[], PreTrainedModel],
+    teacher_config: PreTrainedConfig,
+    seed: int,
 ) -> Student:
     """Return the student with its initial weights in float32 on CPU, ready to capture.
 
@@ -85,25 +115,27 @@ def build_student(
 
     Args:
         student: its config, checked by ``check_students``.
-        teacher: read when ``student.init`` is ``teacher``.
+        teacher: gives the teacher on CPU in float32; called when ``student.init`` is ``teacher``.
         teacher_config: the teacher's config.
         seed: of the random weights.
 
     Raises:
         ValueError: ``init`` cannot be read, or a teacher layer does not fit its student layer.
     """
+    learned = transfer(student, teacher_config)
+    need = student_need(learned)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         if student.init in ("random", "teacher"):
-            encoder = new_encoder(student_hf_config(student, teacher_config))
+            encoder = new_encoder(student_hf_config(student, teacher_config), head=need.prediction)
         else:
-            encoder = load_encoder(student.init, dtype=torch.float32, **student.overrides)
+            encoder = load_encoder(
+                student.init, head=need.prediction, dtype=torch.float32, **student.overrides
+            )
             enable_capture(encoder)
-        module = Student(encoder, teacher_config.hidden_size, student.projection)
+        module = Student(encoder, teacher_config.hidden_size, student.projection, need)
     if student.init == "teacher":
-        copy_layers(
-            encoder, teacher, resolve(student.layer_map, student.layers, teacher_config.num_hidden_layers)
-        )
+        copy_layers(encoder, teacher(), learned.layer_map)
         for weight in module.projections.parameters():
             nn.init.eye_(weight)
     return module
@@ -111,7 +143,7 @@ def build_student(
 
 def copy_layers(encoder: PreTrainedModel, teacher: PreTrainedModel, layer_map: Sequence[int]) -> None:
     """Copy the teacher's embeddings, outer norms and layers g(1..M) into an encoder of the same width."""
-    own_layers, teacher_layers = _layers(encoder), _layers(teacher)
+    own_layers, teacher_layers = layers_of(encoder), layers_of(teacher)
     for number, (own, source) in enumerate(zip(own_layers, layer_map, strict=True), start=1):
         weights = teacher_layers[source - 1].state_dict()
         if differing := own.state_dict().keys() ^ weights.keys():
@@ -132,12 +164,3 @@ def copy_layers(encoder: PreTrainedModel, teacher: PreTrainedModel, layer_map: S
 def parameters(module: nn.Module) -> int:
     """Return the number of parameters of a module."""
     return sum(parameter.numel() for parameter in module.parameters())
-
-
-def _layers(encoder: PreTrainedModel) -> nn.ModuleList:
-    """Return the encoder's list of Transformer layers, whatever the architecture calls it."""
-    depth = encoder.config.num_hidden_layers
-    found: Iterator[nn.ModuleList] = (
-        module for module in encoder.modules() if isinstance(module, nn.ModuleList) and len(module) == depth
-    )
-    return next(found)

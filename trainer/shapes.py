@@ -1,5 +1,6 @@
 """Shapes: a student's ``transformers`` config, and whether it can learn from a teacher. No weights here."""
 
+import math
 from collections.abc import Sequence
 from functools import partial
 from typing import Any
@@ -11,7 +12,8 @@ from transformers import AutoConfig, PreTrainedConfig
 from configs.schema import StudentConfig
 from trainer.encoders import new_encoder, read_config
 from trainer.layer_map import resolve
-from trainer.losses import Transfer, relation_heads
+from trainer.losses import common_heads
+from trainer.transfer import Relation, Transfer
 
 
 def check_students(students: Sequence[StudentConfig], teacher: PreTrainedConfig, seq_len: int) -> list[str]:
@@ -38,12 +40,41 @@ def transfer(student: StudentConfig, teacher: PreTrainedConfig) -> Transfer:
     losses = student.losses
     return Transfer(
         layer_map=layer_map,
-        relation_heads=relation_heads(student.heads, teacher.num_attention_heads, losses.relation_heads),
+        attention_heads=common_heads(student.heads, teacher.num_attention_heads, losses.attention_heads),
         embedding=losses.embedding,
         hidden=losses.hidden,
         attention=losses.attention,
         layers=tuple(losses.layers or [1.0] * student.layers),
+        cosine=losses.cosine,
+        relation=_relation(student, teacher) if losses.relation.weight else None,
+        prediction=losses.prediction,
+        temperature=losses.temperature,
     )
+
+
+def _relation(student: StudentConfig, teacher: PreTrainedConfig) -> Relation:
+    """Return which relations are compared, resolved.
+
+    Raises:
+        ValueError: a layer that does not exist, or heads that do not divide both widths.
+    """
+    asked = student.losses.relation
+    common = math.gcd(student.hidden_size, teacher.hidden_size)
+    heads = asked.heads or max(r for r in range(1, 49) if common % r == 0)
+    if common % heads:
+        raise ValueError(
+            f"losses.relation.heads={heads} must divide both hidden sizes (student {student.hidden_size}, "
+            f"teacher {teacher.hidden_size}); their greatest common divisor is {common}"
+        )
+    student_layer = asked.student_layer or student.layers
+    teacher_layer = asked.teacher_layer or teacher.num_hidden_layers
+    for key, layer, layers in (
+        ("student_layer", student_layer, student.layers),
+        ("teacher_layer", teacher_layer, teacher.num_hidden_layers),
+    ):
+        if not 1 <= layer <= layers:
+            raise ValueError(f"losses.relation.{key}={layer} must be between 1 and {layers}")
+    return Relation(asked.weight, heads, student_layer, teacher_layer)
 
 
 def student_hf_config(student: StudentConfig, teacher: PreTrainedConfig) -> PreTrainedConfig:

@@ -22,6 +22,7 @@ from configs.schema import OptimizerConfig, Projection
 from trainer import engine, world
 from trainer.capture import enable_capture
 from trainer.engine import Engine
+from trainer.layout import Layout
 from trainer.models import Inputs, Student
 
 ROWS, SEQ_LEN, MICRO_ROWS, TEACHER_SIZE, LR = 12, 16, 2, 30, 1e-2
@@ -55,8 +56,8 @@ def make_rows(step: int) -> tuple[Tensor, Tensor]:
 
 def make_inputs(ids_BS: Tensor) -> Inputs:
     """A micro batch without padding."""
-    mask_BS = torch.ones_like(ids_BS, dtype=torch.bool)
-    return Inputs(ids_BS, mask_BS, mask_BS, torch.zeros_like(ids_BS))
+    full = Layout(torch.ones_like(ids_BS, dtype=torch.bool), full=True)
+    return Inputs(ids_BS, full, None, torch.zeros_like(ids_BS))
 
 
 def loss_of(hidden_BSE: Tensor, targets_BSE: Tensor) -> Tensor:

@@ -7,7 +7,7 @@ import torch
 from torch import nn
 from transformers import AutoConfig, AutoModel, T5EncoderModel
 
-from trainer.capture import capture, check_supported, enable_capture
+from trainer.capture import Need, capture, check_supported, enable_capture
 
 LAYERS, HEADS, WIDTH, VOCABULARY = 3, 2, 16, 40
 SHAPE = {
@@ -164,14 +164,14 @@ def test_an_error_in_the_forward_pass_ends_the_recording():
 def test_only_what_is_asked_for_is_kept():
     model = recording("bert").eval()
     everything = capture(model, *rows())
-    some = capture(model, *rows(), layers={1, 3}, hidden={0, 2})
+    some = capture(model, *rows(), need=Need(frozenset({0, 2}), frozenset({1, 3})))
     assert [x is not None for x in some.hidden] == [True, False, True, False]
     assert [x is not None for x in some.queries] == [x is not None for x in some.keys] == [True, False, True]
     assert torch.equal(some.queries[2], everything.queries[2]) and torch.equal(
         some.hidden[2], everything.hidden[2]
     )
     assert some.scalings == everything.scalings
-    nothing = capture(model, *rows(), layers=(), hidden=())
+    nothing = capture(model, *rows(), need=Need())
     assert nothing.hidden == [None] * (LAYERS + 1) and nothing.queries == [None] * LAYERS
 
 
@@ -226,7 +226,7 @@ def test_check_supported_leaves_mode_and_random_state_alone():
     before = torch.get_rng_state()
     check_supported(model)
     assert model.training and torch.equal(before, torch.get_rng_state())
-    with pytest.raises(ValueError, match="captured 0 attention calls .*from 3 layers.*enable_capture"):
+    with pytest.raises(ValueError, match="captured 0 attention calls .*from 3 of 3 layers.*enable_capture"):
         check_supported(build("bert"))
 
 

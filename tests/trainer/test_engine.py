@@ -84,7 +84,7 @@ def reference() -> list[dict[str, float]]:
     for step in range(5):
         ids_BS, targets_BSE = worker.make_rows(step)
         inputs = worker.make_inputs(ids_BS)
-        hidden = student(inputs.ids_BS, inputs.attention_mask_BS, inputs.token_type_BS)["hidden"]
+        hidden = student(inputs.ids_BS, inputs.attention_mask, inputs.token_type_BS)["hidden"]
         loss = worker.loss_of(hidden[-1], targets_BSE)
         loss.backward()
         norm = torch.nn.utils.clip_grad_norm_(student.parameters(), 0.1)

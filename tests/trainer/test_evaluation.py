@@ -33,15 +33,19 @@ def pair():
     teacher = tiny_encoder("bert").eval()
     enable_capture(teacher)
     config = tiny_student(heads=4, projection=Projection.separate)
-    return teacher, build_student(config, teacher, teacher.config, 0).eval(), transfer(config, teacher.config)
+    return (
+        teacher,
+        build_student(config, lambda: teacher, teacher.config, 0).eval(),
+        transfer(config, teacher.config),
+    )
 
 
 def encoders(teacher, student):
     def teach(inputs: Inputs) -> Captured:
-        return capture(teacher, inputs.ids_BS, inputs.attention_mask_BS, inputs.token_type_BS)
+        return capture(teacher, inputs.ids_BS, inputs.attention_mask, inputs.token_type_BS)
 
     def learn(inputs: Inputs) -> Captured:
-        return Captured(**student(inputs.ids_BS, inputs.attention_mask_BS, inputs.token_type_BS))
+        return Captured(**student(inputs.ids_BS, inputs.attention_mask, inputs.token_type_BS))
 
     return teach, learn
 
@@ -101,7 +105,7 @@ def test_every_rank_makes_as_many_calls_and_every_row_counts_once(group, pair, t
         made = []
 
         def counted(inputs: Inputs, made=made) -> Captured:
-            made.append(int(inputs.mask_BS.sum()))
+            made.append(int(inputs.layout.mask_BS.sum()))
             return learn(inputs)
 
         place = World(rank=rank, size=3, local_rank=rank, local_size=3, device=CPU)

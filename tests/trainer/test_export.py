@@ -29,7 +29,7 @@ def trained(architecture: str, seed: int = 1) -> Student:
     teacher = tiny_encoder(architecture)
     student = build_student(
         tiny_student(layers=3, layer_map=[1, 2, 4], projection=Projection.per_layer),
-        teacher,
+        lambda: teacher,
         teacher.config,
         seed,
     )

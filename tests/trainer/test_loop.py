@@ -65,14 +65,14 @@ def make_run(config: RunConfig, progress: Progress) -> Run:
     teacher = tiny_encoder("bert").eval()
     enable_capture(teacher)
     student = config.students[0]
-    module = build_student(student, teacher, teacher.config, config.train.seed)
+    module = build_student(student, lambda: teacher, teacher.config, config.train.seed)
     own = engine.Engine(module, student.optimizer, derive(config, student, 1, False), ALONE)
     own.train()
     corpora = open_corpora(config.data)
 
     @torch.no_grad()
     def teach(inputs):
-        return capture(teacher, inputs.ids_BS, inputs.attention_mask_BS, inputs.token_type_BS)
+        return capture(teacher, inputs.ids_BS, inputs.attention_mask, inputs.token_type_BS)
 
     return Run(
         config=config,

@@ -6,22 +6,17 @@ import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from trainer.capture import Captured
+from trainer.capture import Captured, Need
+from trainer.layout import Layout, row_counts
 from trainer.losses import (
-    Transfer,
     attention_error_sum,
-    denominators,
-    distil,
+    common_heads,
     group_heads,
-    needed_layers,
-    relation_heads,
-    relation_scaling,
+    grouped_scaling,
     soft_cross_entropy_sum,
     squared_error_sum,
-    total,
-    valid_counts,
-    weights,
 )
+from trainer.transfer import Transfer, denominators, distil, student_need, teacher_need, total, weights
 
 both_methods = pytest.mark.parametrize("method", ["gram", "direct"])
 
@@ -69,12 +64,14 @@ def test_soft_cross_entropy_by_hand():
 
 
 def test_counts_by_hand():
-    counts = valid_counts(torch.tensor([3, 1, 4], dtype=torch.int32))
-    assert counts.tolist() == [8, 26] and counts.dtype == torch.int64
+    counts_B2 = row_counts(torch.zeros(3, 5), torch.tensor([3, 1, 4]))
+    assert counts_B2.tolist() == [[3, 9], [1, 1], [4, 16]] and counts_B2.dtype == torch.int64
 
 
 def test_total_by_hand():
-    transfer = Transfer((2, 4), relation_heads=3, embedding=2.0, hidden=1.0, attention=0.5, layers=(1.0, 3.0))
+    transfer = Transfer(
+        (2, 4), attention_heads=3, embedding=2.0, hidden=1.0, attention=0.5, layers=(1.0, 3.0)
+    )
     # 10 tokens of width 5: 50 elements; 3 heads on 20 pairs: 60 elements.
     sums = {
         "embedding": 100.0,  # 2 * 100 / 50 = 4
@@ -97,20 +94,20 @@ def test_total_by_hand():
     [(12, 12, None, 12), (12, 12, 4, 4), (8, 12, None, 4), (6, 12, None, 6), (1, 12, None, 1), (5, 12, 1, 1)],
 )
 def test_relation_heads(student, teacher, requested, expected):
-    assert relation_heads(student, teacher, requested) == expected
+    assert common_heads(student, teacher, requested) == expected
 
 
 @pytest.mark.parametrize(
     "student, teacher, requested, message",
     [
-        (5, 12, None, r"no common divisor .*student heads 5, teacher heads 12.*relation_heads=1"),
-        (8, 12, 3, r"relation_heads=3 must divide both .*: \[1, 2, 4\]"),
-        (12, 12, 0, "relation_heads=0 must divide"),
+        (5, 12, None, r"no common divisor .*student heads 5, teacher heads 12.*attention_heads=1"),
+        (8, 12, 3, r"attention_heads=3 must divide both .*: \[1, 2, 4\]"),
+        (12, 12, 0, "attention_heads=0 must divide"),
     ],
 )
 def test_relation_heads_are_refused(student, teacher, requested, message):
     with pytest.raises(ValueError, match=message):
-        relation_heads(student, teacher, requested)
+        common_heads(student, teacher, requested)
 
 
 def test_a_relation_head_is_the_sum_of_consecutive_heads():
@@ -122,9 +119,9 @@ def test_a_relation_head_is_the_sum_of_consecutive_heads():
     assert group_heads(q, 6) is q
 
 
-def test_relation_scaling_is_that_of_the_concatenated_dims():
-    assert relation_scaling(64**-0.5, heads=12, relation_heads=12) == 64**-0.5
-    assert relation_scaling(64**-0.5, heads=12, relation_heads=4) == pytest.approx(192**-0.5)
+def test_grouped_scaling_is_that_of_the_concatenated_dims():
+    assert grouped_scaling(64**-0.5, heads=12, attention_heads=12) == 64**-0.5
+    assert grouped_scaling(64**-0.5, heads=12, attention_heads=4) == pytest.approx(192**-0.5)
 
 
 # A float64 loop over rows, heads, tokens
@@ -158,10 +155,10 @@ def test_distilled_attention_equals_the_loop(heads_S, heads_T, dim_S, dim_T):
     lengths, seq_len = [4, 2, 0], 5
     q_S, k_S = normal(3, heads_S, seq_len, dim_S, seed=1), normal(3, heads_S, seq_len, dim_S, seed=2)
     q_T, k_T = normal(3, heads_T, seq_len, dim_T, seed=3), normal(3, heads_T, seq_len, dim_T, seed=4)
-    transfer = Transfer((1,), relation_heads(heads_S, heads_T), 0.0, 0.0, 1.0, (1.0,))
-    student = Captured([None, None], [q_S], [k_S], [dim_S**-0.5])
-    teacher = Captured([None, None], [q_T], [k_T], [dim_T**-0.5])
-    sums = distil(student, teacher, lengths_to_mask(lengths, seq_len), transfer)
+    transfer = Transfer((1,), common_heads(heads_S, heads_T), 0.0, 0.0, 1.0, (1.0,))
+    student = Captured([None, None], [q_S], [k_S], [None], [dim_S**-0.5])
+    teacher = Captured([None, None], [q_T], [k_T], [None], [dim_T**-0.5])
+    sums = distil(student, teacher, Layout(lengths_to_mask(lengths, seq_len), full=False), transfer)
     expected = reference_error(q_S, k_S, q_T, k_T, dim_S**-0.5, dim_T**-0.5, lengths)
     assert list(sums) == ["attention/1"]
     assert sums["attention/1"].sum().item() == pytest.approx(expected, rel=1e-12)
@@ -279,6 +276,7 @@ def models(seq_len, padding=0.0):
             [tensor((WIDTH,), seed + m) for m in range(4)],
             [tensor((HEADS, head_dim), seed + 10 + m) for m in range(3)],
             [tensor((HEADS, head_dim), seed + 20 + m) for m in range(3)],
+            [None] * 3,
             [head_dim**-0.5] * 3,
         )
 
@@ -288,6 +286,7 @@ def models(seq_len, padding=0.0):
 def part(captured, rows):
     return Captured(
         *([x[rows] for x in field] for field in (captured.hidden, captured.queries, captured.keys)),
+        captured.values,
         captured.scalings,
     )
 
@@ -295,11 +294,11 @@ def part(captured, rows):
 def step(seq_len, padding=0.0, micro_batches=(slice(None),)):
     """Sums of the global batch, and gradients of the total with global denominators, accumulated."""
     student, teacher, mask = models(seq_len, padding)
-    tokens, pairs = valid_counts(torch.tensor(LENGTHS)).tolist()
+    tokens, pairs = row_counts(torch.zeros(4, seq_len), torch.tensor(LENGTHS)).sum(dim=0).tolist()
     counts = denominators(TRANSFER, tokens, pairs, WIDTH)
     sums = dict.fromkeys(weights(TRANSFER), 0.0)
     for rows in micro_batches:
-        part_sums = distil(part(student, rows), part(teacher, rows), mask[rows], TRANSFER)
+        part_sums = distil(part(student, rows), part(teacher, rows), Layout(mask[rows], full=False), TRANSFER)
         total(part_sums, counts, weights(TRANSFER)).backward()
         sums = {key: sums[key] + part_sums[key].sum().item() for key in sums}
     inputs = student.hidden + student.queries + student.keys
@@ -340,7 +339,7 @@ def test_the_total_is_the_mean_over_valid_elements():
         valid = (mask[:, :, None] & mask[:, None, :])[:, None].expand_as(score_S)
         expected = expected + 2.0 * layer_weight * (score_S - score_T)[valid].square().mean()
     counts = denominators(TRANSFER, tokens, pairs, WIDTH)
-    result = total(distil(student, teacher, mask, TRANSFER), counts, weights(TRANSFER))
+    result = total(distil(student, teacher, Layout(mask, full=False), TRANSFER), counts, weights(TRANSFER))
     torch.testing.assert_close(result, expected, rtol=1e-12, atol=0)
 
 
@@ -351,15 +350,16 @@ def test_terms_of_weight_zero_are_not_computed():
     student, teacher, mask = models(6)
     hidden_only = Transfer((1, 2, 3), 2, embedding=0.0, hidden=1.0, attention=0.0, layers=(0.0, 1.0, 1.0))
     student.hidden[:2], student.queries, student.keys = [None, None], [None] * 3, [None] * 3
-    assert list(distil(student, teacher, mask, hidden_only)) == ["hidden/2", "hidden/3"]
+    assert list(distil(student, teacher, Layout(mask, full=False), hidden_only)) == ["hidden/2", "hidden/3"]
     assert list(denominators(hidden_only, 4, 4, 4)) == ["hidden/2", "hidden/3"]
     with pytest.raises(AssertionError, match="left out a layer"):
-        distil(student, teacher, mask, TRANSFER)
+        distil(student, teacher, Layout(mask, full=False), TRANSFER)
 
 
 def test_needed_layers_are_those_of_all_students():
     only_attention = Transfer((3, 6, 9), 2, embedding=0.0, hidden=0.0, attention=1.0, layers=(1.0, 0.0, 1.0))
-    assert needed_layers([only_attention]) == (set(), {3, 9})
-    assert needed_layers([TRANSFER]) == ({0, 2, 3}, {2, 3})
-    assert needed_layers([only_attention, TRANSFER]) == ({0, 2, 3}, {2, 3, 9})
-    assert needed_layers([]) == (set(), set())
+    assert teacher_need([only_attention]) == Need(scores=frozenset({3, 9}))
+    assert teacher_need([TRANSFER]) == Need(frozenset({0, 2, 3}), frozenset({2, 3}))
+    assert teacher_need([only_attention, TRANSFER]) == Need(frozenset({0, 2, 3}), frozenset({2, 3, 9}))
+    assert teacher_need([]) == Need()
+    assert student_need(TRANSFER) == Need(frozenset({0, 1, 3}), frozenset({1, 3}))

@@ -9,8 +9,8 @@ import torch.distributed as dist
 from torch import tensor
 
 from sharding.stream import Batch
-from trainer.losses import Transfer
 from trainer.meter import CorpusMeter, LossMeter, SpeedMeter
+from trainer.transfer import Transfer
 from trainer.world import World
 
 CPU = torch.device("cpu")
@@ -38,12 +38,14 @@ def test_the_mean_over_steps_by_hand(group):
 
 
 def test_losses_by_corpus_by_hand(group):
-    """Rows of corpus 0: 2 and 3 tokens; of corpus 1: 1 token; hidden size 2, one relation head."""
+    """Rows of corpus 0: 2 and 3 tokens; of corpus 1: 1 token; hidden size 2, one attention head."""
     meter = CorpusMeter(["wiki", "books", "unread"], Transfer((1,), 1, 2.0, 0.0, 1.0, (1.0,)), 2)
     meter.add(
-        {"embedding": tensor([4.0, 5.0]), "attention/1": tensor([8.0, 3.0])}, tensor([0, 1]), tensor([2, 1])
+        {"embedding": tensor([4.0, 5.0]), "attention/1": tensor([8.0, 3.0])},
+        tensor([0, 1]),
+        tensor([[2, 4], [1, 1]]),
     )
-    meter.add({"embedding": tensor([6.0]), "attention/1": tensor([5.0])}, tensor([0]), tensor([3]))
+    meter.add({"embedding": tensor([6.0]), "attention/1": tensor([5.0])}, tensor([0]), tensor([[3, 9]]))
     means = meter.means(CPU)
     assert means["embedding"] == 15 / (6 * 2) and means["attention/1"] == pytest.approx(16 / (4 + 1 + 9))
     assert means["total"] == pytest.approx(2 * 15 / 12 + 16 / 14)
@@ -52,7 +54,7 @@ def test_losses_by_corpus_by_hand(group):
     assert means["corpus/wiki/total"] == pytest.approx(3.0)
     assert means["corpus/books/total"] == pytest.approx(2 * 2.5 + 3.0)
     assert not [key for key in means if "unread" in key]
-    meter.add({"embedding": tensor([2.0]), "attention/1": tensor([1.0])}, tensor([2]), tensor([1]))
+    meter.add({"embedding": tensor([2.0]), "attention/1": tensor([1.0])}, tensor([2]), tensor([[1, 1]]))
     assert {key for key in meter.means(CPU) if "/total" in key} == {"corpus/unread/total"}
 
 

@@ -45,7 +45,7 @@ def transformer_layers(model: nn.Module) -> nn.ModuleList:
 def build(student, teacher_type: str = "bert", seed: int = 3, **settings) -> tuple[Student, nn.Module]:
     teacher = tiny_encoder(teacher_type, **settings)
     assert check_students([student], teacher.config, 64) == []
-    return build_student(student, teacher, teacher.config, seed), teacher
+    return build_student(student, lambda: teacher, teacher.config, seed), teacher
 
 
 @every_architecture
@@ -114,9 +114,9 @@ def test_a_layer_that_has_no_place_in_the_student_is_refused():
     with pytest.raises(
         ValueError, match="layer 1 cannot start from teacher layer 2: only one of them has attn_norm.weight"
     ):
-        build_student(student, teacher, teacher.config, seed=0)
+        build_student(student, lambda: teacher, teacher.config, seed=0)
     student.layer_map = [1, 4]
-    encoder = build_student(student, teacher, teacher.config, seed=0).encoder
+    encoder = build_student(student, lambda: teacher, teacher.config, seed=0).encoder
     assert torch.equal(encoder.final_norm.weight, teacher.final_norm.weight)
     assert torch.equal(encoder.layers[1].mlp.Wi.weight, teacher.layers[3].mlp.Wi.weight)
 
@@ -153,7 +153,7 @@ def test_initial_weights_depend_on_the_seed_alone():
     teacher = tiny_encoder("bert")
 
     def build_with(seed: int) -> list[torch.Tensor]:
-        return weights_of(build_student(config, teacher, teacher.config, seed))
+        return weights_of(build_student(config, lambda: teacher, teacher.config, seed))
 
     torch.manual_seed(100)
     first = build_with(3)
@@ -170,7 +170,7 @@ def test_building_draws_nothing_from_the_global_generator():
     torch.manual_seed(5)
     expected = torch.rand(4)
     torch.manual_seed(5)
-    build_student(tiny_student(), teacher, teacher.config, seed=5)
+    build_student(tiny_student(), lambda: teacher, teacher.config, seed=5)
     assert torch.equal(torch.rand(4), expected)
 
 
@@ -212,13 +212,13 @@ def test_inputs_of_a_batch_by_hand():
     )
     inputs = Inputs.of(batch, slice(0, 2), CPU)
     assert inputs.ids_BS.tolist() == [[2, 9, 3, 0, 0], [2, 9, 3, 8, 3]]
-    assert inputs.mask_BS.tolist() == [[True, True, True, False, False], [True] * 5]
+    assert inputs.layout.mask_BS.tolist() == [[True, True, True, False, False], [True] * 5]
     assert inputs.token_type_BS.tolist() == [[0, 0, 0, 0, 0], [0, 0, 0, 1, 1]]
-    assert (inputs.mask_BS.dtype, inputs.token_type_BS.dtype) == (torch.bool, torch.int64)
+    assert (inputs.layout.mask_BS.dtype, inputs.token_type_BS.dtype) == (torch.bool, torch.int64)
     rest = Inputs.of(batch, slice(2, 5), CPU)
-    assert rest.mask_BS.tolist() == [[True, True, True, True, False], [False] * 5]
+    assert rest.layout.mask_BS.tolist() == [[True, True, True, True, False], [False] * 5]
     # A row without a valid token is attended to somewhere, and counts nowhere.
-    assert rest.attention_mask_BS.tolist() == [[True, True, True, True, False], [True] + [False] * 4]
+    assert rest.attention_mask.tolist() == [[True, True, True, True, False], [True] + [False] * 4]
     assert rest.token_type_BS[1].tolist() == [0] * 5
 
 

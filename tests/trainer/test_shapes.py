@@ -124,10 +124,10 @@ def test_transfer_resolves_what_a_student_learns():
     student = tiny_student(layer_map="uniform", heads=2)
     student.losses.layers, student.losses.attention = [0.5, 2.0], 3.0
     resolved = transfer(student, tiny_config("bert"))
-    assert (resolved.layer_map, resolved.relation_heads) == ((2, 4), 2)
+    assert (resolved.layer_map, resolved.attention_heads) == ((2, 4), 2)
     assert (resolved.embedding, resolved.hidden, resolved.attention) == (1.0, 1.0, 3.0)
     assert resolved.layers == (0.5, 2.0)
     assert transfer(tiny_student(), tiny_config("bert")).layers == (1.0, 1.0)
-    student.losses.relation_heads = 3
-    with pytest.raises(ValueError, match="relation_heads"):
+    student.losses.attention_heads = 3
+    with pytest.raises(ValueError, match="attention_heads"):
         transfer(student, tiny_config("bert"))

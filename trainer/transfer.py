@@ -1,0 +1,169 @@
+"""Transfer: what one student learns from the teacher, and the total loss that follows.
+
+A *term* is one summand of the loss, under one key:
+
+    embedding                       MSE of the embedding outputs
+    hidden/m, cosine/m              MSE and cosine distance of hidden states, student layer m from g(m)
+    attention/m                     MSE of attention scores before the softmax, student layer m from g(m)
+    relation/qq, .../kk, .../vv     MiniLMv2's self-attention relations, of one layer
+    prediction                      divergence of the masked-language-model predictions
+
+Every term is a sum over valid elements, divided by a global count (``denominators``); ``trainer.losses`` has
+the maths. Letters: B rows, M student layers, E hidden dim, R heads that are compared.
+"""
+
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from trainer.capture import Captured, Need
+from trainer.layout import Layout
+from trainer.losses import attention_error_sum, group_heads, grouped_scaling, squared_error_sum
+
+
+@dataclass(frozen=True)
+class Relation:
+    """MiniLMv2 (Wang et al., arXiv:2012.15828): one student layer learns one teacher layer's relations."""
+
+    weight: float
+    heads: int
+    """Relation heads: queries, keys and values of all heads together are split anew into so many."""
+    student_layer: int
+    """1-based."""
+    teacher_layer: int
+    """1-based."""
+
+
+@dataclass(frozen=True)
+class Transfer:
+    """What one student learns from the teacher. Terms and layers of weight 0 are never computed."""
+
+    layer_map: tuple[int, ...]
+    """g(1..M), 1-based teacher layers."""
+    attention_heads: int
+    """R, the number of heads on which attention scores are compared."""
+    embedding: float
+    """Weight of L_embd."""
+    hidden: float
+    """Weight of L_hidn."""
+    attention: float
+    """Weight of L_attn."""
+    layers: tuple[float, ...]
+    """lambda_1..lambda_M, of ``hidden``, ``cosine`` and ``attention``."""
+    cosine: float = 0.0
+    """Weight of the cosine distance of hidden states."""
+    relation: Relation | None = None
+    """None: relations are not compared."""
+    prediction: float = 0.0
+    """Weight of the prediction divergence."""
+    temperature: float = 1.0
+    """Of the prediction divergence."""
+
+
+def weights(transfer: Transfer) -> dict[str, float]:
+    """Weight of every term in the total, by key. No zeros."""
+    every = {"embedding": transfer.embedding}
+    for m, lambda_m in enumerate(transfer.layers, start=1):
+        every[f"hidden/{m}"] = transfer.hidden * lambda_m
+        every[f"cosine/{m}"] = transfer.cosine * lambda_m
+        every[f"attention/{m}"] = transfer.attention * lambda_m
+    if transfer.relation is not None:
+        every |= {f"relation/{kind}": transfer.relation.weight for kind in ("qq", "kk", "vv")}
+    every["prediction"] = transfer.prediction
+    return {key: weight for key, weight in every.items() if weight}
+
+
+def student_need(transfer: Transfer) -> Need:
+    """What of the student's own forward pass the losses look at."""
+    return _need(transfer, tuple(range(1, len(transfer.layer_map) + 1)), of_student=True)
+
+
+def teacher_need(transfers: Iterable[Transfer]) -> Need:
+    """What of the teacher's forward pass some student learns from."""
+    found = Need()
+    for transfer in transfers:
+        found |= _need(transfer, transfer.layer_map, of_student=False)
+    return found
+
+
+def _need(transfer: Transfer, layers: tuple[int, ...], of_student: bool) -> Need:
+    wanted = weights(transfer)
+    pairs = list(enumerate(layers, start=1))
+    hidden = {g for m, g in pairs if f"hidden/{m}" in wanted or f"cosine/{m}" in wanted}
+    scores = {g for m, g in pairs if f"attention/{m}" in wanted}
+    values: set[int] = set()
+    if "embedding" in wanted:
+        hidden.add(0)
+    if (relation := transfer.relation) is not None:
+        values.add(relation.student_layer if of_student else relation.teacher_layer)
+    return Need(
+        hidden=frozenset(hidden),
+        scores=frozenset(scores | values),
+        values=frozenset(values),
+        prediction="prediction" in wanted,
+    )
+
+
+def distil(student: Captured, teacher: Captured, layout: Layout, transfer: Transfer) -> dict[str, Tensor]:
+    """The error sums of one batch's rows, [B] for each key of ``weights(transfer)``.
+
+    The student's hidden states are already projected to the teacher's width.
+    """
+    wanted = weights(transfer)
+    sums: dict[str, Tensor] = {}
+    for m, g in enumerate((0, *transfer.layer_map)):
+        if (key := f"hidden/{m}" if m else "embedding") in wanted:
+            sums[key] = squared_error_sum(_kept(student.hidden[m]), _kept(teacher.hidden[g]), layout.mask_BS)
+        if (key := f"attention/{m}") in wanted:
+            sums[key] = _attention(student, m, teacher, g, layout, transfer.attention_heads)
+    return sums
+
+
+def _attention(student: Captured, m: int, teacher: Captured, g: int, layout: Layout, heads: int) -> Tensor:
+    q_S, k_S, scaling_S = _grouped(student, m, heads)
+    q_T, k_T, scaling_T = _grouped(teacher, g, heads)
+    if (documents := layout.documents) is None:
+        return attention_error_sum(q_S, k_S, q_T, k_T, scaling_S, scaling_T, layout.mask_BS)
+    q_S, k_S, q_T, k_T = (documents.take(x) for x in (q_S, k_S, q_T, k_T))
+    sum_N = attention_error_sum(q_S, k_S, q_T, k_T, scaling_S, scaling_T, documents.mask_NL)
+    return documents.by_row(sum_N, len(layout.mask_BS))
+
+
+def _grouped(captured: Captured, layer: int, heads: int) -> tuple[Tensor, Tensor, float]:
+    """Grouped queries and keys of a 1-based layer, and the scaling of their scores."""
+    query, key = _kept(captured.queries[layer - 1]), _kept(captured.keys[layer - 1])
+    scaling = grouped_scaling(captured.scalings[layer - 1], query.shape[1], heads)
+    return group_heads(query, heads), group_heads(key, heads), scaling
+
+
+def _kept(x: Tensor | None) -> Tensor:
+    assert x is not None, "the capture left out a layer that the loss needs"
+    return x
+
+
+def denominators(
+    transfer: Transfer, tokens: float, pairs: float, teacher_hidden_size: int
+) -> dict[str, float]:
+    """Element count of every term from GLOBAL counts of valid tokens and pairs.
+
+    Hidden states: tokens * E. Attention: R * pairs. Relations: their heads * tokens (a divergence per head
+    and query). Cosine and prediction: tokens.
+    """
+    count = {
+        "embedding": tokens * teacher_hidden_size,
+        "hidden": tokens * teacher_hidden_size,
+        "cosine": tokens,
+        "attention": transfer.attention_heads * pairs,
+        "relation": tokens * (transfer.relation.heads if transfer.relation is not None else 0),
+        "prediction": tokens,
+    }
+    return {key: count[key.split("/")[0]] for key in weights(transfer)}
+
+
+def total(
+    sums: Mapping[str, Tensor], denominators: Mapping[str, float], weights: Mapping[str, float]
+) -> Tensor:
+    """L_model = sum over terms and rows of weight * sum / denominator. Scalar, differentiable."""
+    return torch.stack([weights[key] / denominators[key] * value_B for key, value_B in sums.items()]).sum()
