@@ -216,6 +216,9 @@ class DataConfig:
     """Remote corpora: blocks beyond the ones in use that are fetched ahead of need."""
     cache: CacheConfig = field(default_factory=CacheConfig)
     """Remote corpora: the node's cache."""
+    separate_documents: bool = False
+    """Rows that packing filled with several documents: let tokens attend within their own document only, and
+    compare attention within it. A document ends at [SEP]."""
     damaged: Damaged = Damaged.stop
     """Policy for a block that does not match its checksums."""
 

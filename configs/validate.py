@@ -175,12 +175,28 @@ def _check_student(prefix: str, student: StudentConfig) -> list[str]:
 def _check_losses(prefix: str, student: StudentConfig) -> list[str]:
     losses: LossConfig = student.losses
     problems = []
-    terms = {"embedding": losses.embedding, "hidden": losses.hidden, "attention": losses.attention}
+    terms = {
+        "embedding": losses.embedding,
+        "hidden": losses.hidden,
+        "attention": losses.attention,
+        "cosine": losses.cosine,
+        "relation.weight": losses.relation.weight,
+        "prediction": losses.prediction,
+    }
     for name, weight in terms.items():
         if not weight >= 0:
             problems.append(f"{prefix}.losses.{name}={weight} must be at least 0")
     if not any(weight > 0 for weight in terms.values()):
         problems.append(f"{prefix}.losses: every weight is 0, so nothing would be learned")
+    if not 0 < losses.temperature < math.inf:
+        problems.append(f"{prefix}.losses.temperature={losses.temperature} must be above 0 and finite")
+    relation = losses.relation
+    problems += _positive(
+        (f"{prefix}.losses.attention_heads", losses.attention_heads, 1),
+        (f"{prefix}.losses.relation.heads", relation.heads, 1),
+        (f"{prefix}.losses.relation.student_layer", relation.student_layer, 1),
+        (f"{prefix}.losses.relation.teacher_layer", relation.teacher_layer, 1),
+    )
     if losses.layers is not None and len(losses.layers) != student.layers:
         problems.append(
             f"{prefix}.losses.layers has {len(losses.layers)} weights for {student.layers} layers"

@@ -161,7 +161,7 @@ def teacher_layers(config: RunConfig, student: StudentConfig, corpus: Corpus) ->
             intermediate_size=hf_config.intermediate_size,
             init="teacher",
         )
-        module = models.build_student(wide, lambda: teacher, hf_config, config.train.seed).eval()
+        module = models.build_student(wide, lambda head: teacher, hf_config, config.train.seed).eval()
 
         def teach(inputs: Inputs) -> Captured:
             return capture(teacher, inputs.ids_BS, inputs.attention_mask, inputs.token_type_BS)

@@ -226,6 +226,7 @@ def build(config: RunConfig, place: World, corpora: Corpora, resumed: Checkpoint
         speed=make_speed_meter(config, place, teacher.config, trainees, corpora),
         progress=resumed.progress if resumed is not None else Progress(),
         total_steps=total_steps(config, corpora),
+        separator=corpora.separator if config.data.separate_documents else None,
     )
 
 
@@ -237,11 +238,11 @@ def make_trainee(
     resumed: Checkpoint | None,
 ) -> Trainee:
     """Make one student and its engine (collective), new or as a checkpoint has it."""
-    module = build_student(student, lambda: teacher, teacher.config, config.train.seed)
+    module = build_student(student, lambda head: teacher, teacher.config, config.train.seed)
     settings = derive(config, student, place.size, pin_memory=place.device.type == "cuda")
     state = resumed.students[student.name] if resumed is not None else None
     if state is not None:
-        module.load_state_dict(state.weights)
+        module.load(state.weights)
     own = engine.Engine(module, student.optimizer, settings, place)
     if state is not None:
         own.load(state)
@@ -280,8 +281,8 @@ def finish(run: Run, reporter: Reporter, wall_s: float) -> None:
         weights = trainee.engine.weights()
         if not run.world.is_main:
             continue
-        hf_config = trainee.engine.module.encoder.config
-        path = export(folder / "export" / trainee.config.name, hf_config, weights, tokenizer)
+        encoder = trainee.engine.module.encoder
+        path = export(folder / "export" / trainee.config.name, encoder, weights, tokenizer)
         summary["students"][trainee.config.name] = {
             "export": str(path),
             "skipped_steps": trainee.skipped_steps,

@@ -54,6 +54,11 @@ class Corpora:
         named = [(part.corpus.fingerprint, part.weight) for part in self.parts]
         return hashlib.sha256(json.dumps(named, separators=(",", ":")).encode("ascii")).hexdigest()
 
+    @property
+    def separator(self) -> int:
+        """Id of the token that ends a document within a row; all corpora share the tokenizer."""
+        return self.corpora[0].manifest.tokenizer.sep_id
+
     def rows(self, split: str) -> int:
         """Rows of a split in all corpora."""
         return sum(corpus.split(split).rows for corpus in self.corpora)

@@ -138,6 +138,7 @@ def check_same_run(path: Path, config: dict[str, Any], fingerprint: str, resumed
         "train.seed",
         "train.global_batch_rows",
         "data.group_blocks",
+        "data.separate_documents",
         "teacher.model",
         "teacher.revision",
     ):
@@ -202,7 +203,7 @@ def _seal(folder: Path) -> None:
 def _at(config: dict[str, Any], dotted: str) -> Any:
     value: Any = config
     for key in dotted.split("."):
-        value = value[key]
+        value = value.get(key)  # None: a setting that came later
     return value
 
 

@@ -7,14 +7,14 @@ from typing import Any
 import torch
 from safetensors import SafetensorError
 from torch import Tensor
-from transformers import AutoModel, PreTrainedConfig
+from transformers import AutoModel, AutoModelForMaskedLM, PreTrainedModel
 
 from sharding.files import new_folder
 
 _ENCODER = "encoder."  # prefix of the encoder in a ``Student``; the projections stay behind
 
 
-def export(folder: Path, config: PreTrainedConfig, weights: Mapping[str, Tensor], tokenizer: Any) -> Path:
+def export(folder: Path, encoder: PreTrainedModel, weights: Mapping[str, Tensor], tokenizer: Any) -> Path:
     """Write weights (safetensors, float32), config and tokenizer; the folder appears when it is complete.
 
     An architecture with a pooler gets one, freshly initialised from a fixed seed, so that loading is silent
@@ -22,7 +22,7 @@ def export(folder: Path, config: PreTrainedConfig, weights: Mapping[str, Tensor]
 
     Args:
         folder: replaced when it exists.
-        config: the student's ``transformers`` config.
+        encoder: of the student; its config and whether it has a masked-language-model head count.
         weights: float32, by the names of a ``trainer.models.Student``.
         tokenizer: the teacher's.
 
@@ -31,12 +31,12 @@ def export(folder: Path, config: PreTrainedConfig, weights: Mapping[str, Tensor]
     """
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
-        model = AutoModel.from_config(config, dtype=torch.float32)
-    encoder = {
-        name.removeprefix(_ENCODER): value for name, value in weights.items() if name.startswith(_ENCODER)
-    }
-    missing, unexpected = model.load_state_dict(encoder, strict=False)
-    assert not unexpected and all("pooler" in name for name in missing), (missing, unexpected)
+        auto = AutoModel if encoder.base_model is encoder else AutoModelForMaskedLM
+        model = auto.from_config(encoder.config, dtype=torch.float32)
+    own = {name.removeprefix(_ENCODER): value for name, value in weights.items() if name.startswith(_ENCODER)}
+    missing, unexpected = model.load_state_dict(own, strict=False)
+    untied = [name for name in missing if name not in model.all_tied_weights_keys]
+    assert not unexpected and all("pooler" in name for name in untied), (missing, unexpected)
     with new_folder(folder) as partial:
         try:
             model.save_pretrained(partial)

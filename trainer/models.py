@@ -3,7 +3,7 @@
 Letters: B rows, S sequence, E hidden dim, M student layers, N teacher layers.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -102,10 +102,16 @@ class Student(nn.Module):
         ]
         return {**vars(captured), "hidden": projected}
 
+    def load(self, weights: Mapping[str, Tensor]) -> None:
+        """Take over weights by parameter name; a tied weight bears the first of its names."""
+        with torch.no_grad():
+            for name, parameter in self.named_parameters():
+                parameter.copy_(weights[name])
+
 
 def build_student(
     student: StudentConfig,
-    teacher: Callable[[], PreTrainedModel],
+    teacher: Callable[[bool], PreTrainedModel],
     teacher_config: PreTrainedConfig,
     seed: int,
 ) -> Student:
@@ -115,7 +121,8 @@ def build_student(
 
     Args:
         student: its config, checked by ``check_students``.
-        teacher: gives the teacher on CPU in float32; called when ``student.init`` is ``teacher``.
+        teacher: gives the teacher on CPU in float32, with its masked-language-model head when True;
+            called when ``student.init`` is ``teacher``.
         teacher_config: the teacher's config.
         seed: of the random weights.
 
@@ -135,7 +142,7 @@ def build_student(
             enable_capture(encoder)
         module = Student(encoder, teacher_config.hidden_size, student.projection, need)
     if student.init == "teacher":
-        copy_layers(encoder, teacher(), learned.layer_map)
+        copy_layers(encoder, teacher(need.prediction), learned.layer_map)
         for weight in module.projections.parameters():
             nn.init.eye_(weight)
     return module

@@ -170,9 +170,14 @@ def _check_config(student: StudentConfig, teacher: PreTrainedConfig, seq_len: in
         _check_same(student.init, asked, config, [*keys, "num_hidden_layers"])
     else:
         with torch.device("meta"):  # proves that it can be made and captured, without its memory
-            new_encoder(config)
+            new_encoder(config, head=student.losses.prediction > 0)
     if config.vocab_size < teacher.vocab_size:
         raise ValueError(f"vocab_size {config.vocab_size} is below the teacher's {teacher.vocab_size}")
+    if student.losses.prediction and config.vocab_size != teacher.vocab_size:
+        raise ValueError(
+            f"losses.prediction={student.losses.prediction} compares predictions of the same tokens, but the "
+            f"vocabularies have {config.vocab_size} and {teacher.vocab_size} entries; set it to 0"
+        )
     if seq_len > _positions(config):
         raise ValueError(f"the corpus has rows of {seq_len} tokens, the student takes {_positions(config)}")
 

@@ -35,7 +35,7 @@ def pair():
     config = tiny_student(heads=4, projection=Projection.separate)
     return (
         teacher,
-        build_student(config, lambda: teacher, teacher.config, 0).eval(),
+        build_student(config, lambda head: teacher, teacher.config, 0).eval(),
         transfer(config, teacher.config),
     )
 

@@ -29,7 +29,7 @@ def trained(architecture: str, seed: int = 1) -> Student:
     teacher = tiny_encoder(architecture)
     student = build_student(
         tiny_student(layers=3, layer_map=[1, 2, 4], projection=Projection.per_layer),
-        lambda: teacher,
+        lambda head: teacher,
         teacher.config,
         seed,
     )
@@ -42,7 +42,7 @@ def trained(architecture: str, seed: int = 1) -> Student:
 
 def write(folder: Path, student: Student, tokenizer) -> Path:
     weights = {name: value.detach().clone() for name, value in student.named_parameters()}
-    return export(folder, student.encoder.config, weights, tokenizer)
+    return export(folder, student.encoder, weights, tokenizer)
 
 
 @pytest.mark.parametrize("architecture", ARCHITECTURES)
@@ -142,5 +142,5 @@ def test_weights_of_another_student_are_our_mistake(tokenizer, tmp_path):
     weights = dict(student.named_parameters())
     del weights["encoder.encoder.layer.0.output.dense.bias"]
     with pytest.raises(AssertionError, match="layer.0.output.dense.bias"):
-        export(tmp_path / "student", student.encoder.config, weights, tokenizer)
+        export(tmp_path / "student", student.encoder, weights, tokenizer)
     assert list(tmp_path.iterdir()) == []

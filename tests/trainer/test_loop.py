@@ -65,7 +65,7 @@ def make_run(config: RunConfig, progress: Progress) -> Run:
     teacher = tiny_encoder("bert").eval()
     enable_capture(teacher)
     student = config.students[0]
-    module = build_student(student, lambda: teacher, teacher.config, config.train.seed)
+    module = build_student(student, lambda head: teacher, teacher.config, config.train.seed)
     own = engine.Engine(module, student.optimizer, derive(config, student, 1, False), ALONE)
     own.train()
     corpora = open_corpora(config.data)

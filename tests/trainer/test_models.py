@@ -45,7 +45,7 @@ def transformer_layers(model: nn.Module) -> nn.ModuleList:
 def build(student, teacher_type: str = "bert", seed: int = 3, **settings) -> tuple[Student, nn.Module]:
     teacher = tiny_encoder(teacher_type, **settings)
     assert check_students([student], teacher.config, 64) == []
-    return build_student(student, lambda: teacher, teacher.config, seed), teacher
+    return build_student(student, lambda head: teacher, teacher.config, seed), teacher
 
 
 @every_architecture
@@ -114,9 +114,9 @@ def test_a_layer_that_has_no_place_in_the_student_is_refused():
     with pytest.raises(
         ValueError, match="layer 1 cannot start from teacher layer 2: only one of them has attn_norm.weight"
     ):
-        build_student(student, lambda: teacher, teacher.config, seed=0)
+        build_student(student, lambda head: teacher, teacher.config, seed=0)
     student.layer_map = [1, 4]
-    encoder = build_student(student, lambda: teacher, teacher.config, seed=0).encoder
+    encoder = build_student(student, lambda head: teacher, teacher.config, seed=0).encoder
     assert torch.equal(encoder.final_norm.weight, teacher.final_norm.weight)
     assert torch.equal(encoder.layers[1].mlp.Wi.weight, teacher.layers[3].mlp.Wi.weight)
 
@@ -153,7 +153,7 @@ def test_initial_weights_depend_on_the_seed_alone():
     teacher = tiny_encoder("bert")
 
     def build_with(seed: int) -> list[torch.Tensor]:
-        return weights_of(build_student(config, lambda: teacher, teacher.config, seed))
+        return weights_of(build_student(config, lambda head: teacher, teacher.config, seed))
 
     torch.manual_seed(100)
     first = build_with(3)
@@ -170,7 +170,7 @@ def test_building_draws_nothing_from_the_global_generator():
     torch.manual_seed(5)
     expected = torch.rand(4)
     torch.manual_seed(5)
-    build_student(tiny_student(), lambda: teacher, teacher.config, seed=5)
+    build_student(tiny_student(), lambda head: teacher, teacher.config, seed=5)
     assert torch.equal(torch.rand(4), expected)
 
 
