@@ -5,9 +5,12 @@ import copy
 import pytest
 import torch
 from torch import nn
-from transformers import AutoConfig, AutoModel, T5EncoderModel
+from torch.nn.functional import scaled_dot_product_attention
+from transformers import AutoConfig, AutoModel, AutoModelForMaskedLM, T5EncoderModel
 
 from trainer.capture import Need, capture, check_supported, enable_capture
+from trainer.layout import layout
+from trainer.models import attention_mask
 
 LAYERS, HEADS, WIDTH, VOCABULARY = 3, 2, 16, 40
 SHAPE = {
@@ -264,3 +267,67 @@ def test_a_saved_model_knows_nothing_of_the_recording(tmp_path):
     ids_BS, mask_BS = rows()
     expected = capture(copy.deepcopy(model), ids_BS, mask_BS).hidden[-1]
     assert torch.equal(loaded(input_ids=ids_BS, attention_mask=mask_BS).last_hidden_state, expected)
+
+
+# Rows of several documents
+
+
+@every_encoder
+def test_documents_kept_apart_are_encoded_as_if_alone(model_type):
+    model, separator = recording(model_type).eval(), 2
+    ids_BS = torch.randint(3, VOCABULARY, (2, 16), generator=torch.Generator().manual_seed(2))
+    ids_BS[0, [5, 9, 15]], ids_BS[1, [2, 11]] = separator, separator
+    together = layout(ids_BS, torch.tensor([16, 12]), separator)
+    captured = capture(model, ids_BS, attention_mask(together))
+    seen = 0
+    for row, first, end in ((0, 0, 6), (0, 6, 10), (0, 10, 16), (1, 0, 3), (1, 3, 12)):
+        only_it = torch.zeros(1, 16, dtype=torch.bool)
+        only_it[0, first:end] = True
+        alone = capture(model, ids_BS[row : row + 1], only_it)  # at the same positions
+        for ours, expected in zip(captured.hidden, alone.hidden, strict=True):
+            torch.testing.assert_close(ours[row, first:end], expected[0, first:end], atol=1e-6, rtol=1e-6)
+        seen += end - first
+    assert seen == int(together.mask_BS.sum())
+
+
+# The masked-language-model head
+
+
+@every_encoder
+def test_the_prediction_reproduces_the_stock_logits(model_type):
+    torch.manual_seed(0)
+    config = AutoConfig.for_model(model_type, vocab_size=VOCABULARY, pad_token_id=0, **CONFIGS[model_type])
+    stock = AutoModelForMaskedLM.from_config(config).eval()
+    ours = copy.deepcopy(stock)
+    enable_capture(ours)
+    ids_BS, mask_BS = rows()
+    need = Need(frozenset({0, LAYERS}), frozenset({1}), frozenset({2}), prediction=True)
+    captured = capture(ours, ids_BS, mask_BS, need=need)
+    features_BSE, weight_VE, bias_V = captured.prediction
+    logits = torch.nn.functional.linear(features_BSE, weight_VE, bias_V)
+    expected = stock(input_ids=ids_BS, attention_mask=mask_BS, output_hidden_states=True)
+    torch.testing.assert_close(logits, expected.logits, atol=1e-6, rtol=1e-6)
+    torch.testing.assert_close(captured.hidden[-1], expected.hidden_states[-1], atol=1e-6, rtol=1e-6)
+    assert [x is not None for x in captured.values] == [False, True, False]
+    logits.square().sum().backward()
+    assert weight_VE.requires_grad and ours.get_input_embeddings().weight.grad is not None
+    assert capture(ours, ids_BS, mask_BS).prediction is None  # only on request
+
+
+@every_encoder
+def test_values_weighed_by_the_scores_are_what_attention_returns(model_type):
+    """With the probabilities known (see above), the output of a layer's attention follows from its values."""
+    ids_BS, mask_BS = rows()
+    model, given = recording(model_type).eval(), []
+
+    def note(*args, **kwargs):
+        given.append(scaled_dot_product_attention(*args, **kwargs))
+        return given[-1]
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(torch.nn.functional, "scaled_dot_product_attention", note)
+        captured = capture(model, ids_BS, torch.ones_like(mask_BS))
+    layer = LAYERS if model_type != "modernbert" else 1  # ModernBERT's first layer sees the whole row
+    query, key, value = (x[layer - 1] for x in (captured.queries, captured.keys, captured.values))
+    expected = (query @ key.mT * captured.scalings[layer - 1]).softmax(-1) @ value
+    torch.testing.assert_close(given[layer - 1], expected, atol=1e-5, rtol=1e-5)
