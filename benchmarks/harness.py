@@ -1,13 +1,19 @@
 """What all benchmarks share: interleaved repeats, medians, the machine, a table, JSON."""
 
 import argparse
+import ctypes
+import gc
 import json
+import multiprocessing
 import os
 import platform
+import resource
 import statistics
 import sys
 import time
 from collections.abc import Callable, Mapping
+from concurrent.futures import ProcessPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -47,6 +53,49 @@ def interleaved_medians(candidates: Mapping[str, Callable[[], object]], repeats:
             if turn > 0:
                 taken_s[name].append(time.perf_counter() - started_s)
     return {name: statistics.median(own_s) for name, own_s in taken_s.items()}
+
+
+def peak_apart(make: Callable[..., Callable[[], object]], *arguments: Any, limit_gib: float) -> float | None:
+    """Return the peak memory in MiB of one call of ``make(*arguments)``, beyond what was there before it.
+
+    Measured in a process of its own, on the second call: on CPU as resident memory, on CUDA as what torch has
+    allocated. None where the call needs more than ``limit_gib``. ``make`` must be importable.
+    """
+    context = multiprocessing.get_context("spawn")
+    with ProcessPoolExecutor(1, mp_context=context) as pool:
+        try:
+            return pool.submit(_peak, make, arguments, limit_gib).result()
+        except BrokenProcessPool:  # killed for its memory
+            return None
+
+
+def _peak(
+    make: Callable[..., Callable[[], object]], arguments: tuple[Any, ...], limit_gib: float
+) -> float | None:
+    call = make(*arguments)
+    resource.setrlimit(resource.RLIMIT_AS, (_status_kib("VmSize") * 1024 + int(limit_gib * 2**30),) * 2)
+    try:
+        call()
+        gc.collect()
+        if torch.cuda.is_available():
+            torch.cuda.reset_peak_memory_stats()
+            before = torch.cuda.memory_allocated()
+            call()
+            return (torch.cuda.max_memory_allocated() - before) / 2**20
+        ctypes.CDLL("libc.so.6").malloc_trim(0)
+        Path("/proc/self/clear_refs").write_text("5", encoding="ascii")  # the peak starts from here
+        before = _status_kib("VmRSS")
+        call()
+        return (_status_kib("VmHWM") - before) / 1024
+    except (MemoryError, RuntimeError) as error:
+        if "memory" not in str(error):
+            raise
+        return None
+
+
+def _status_kib(field: str) -> int:
+    lines = Path("/proc/self/status").read_text(encoding="ascii").splitlines()
+    return next(int(line.split()[1]) for line in lines if line.startswith(field))
 
 
 def machine() -> str:
