@@ -46,6 +46,27 @@ class Offload(Enum):
     cpu = "cpu"
 
 
+class Quantization(Enum):
+    """Number format of the matrix products in the teacher's layers, where it is not its precision."""
+
+    none = "none"
+    int8 = "int8"
+    """Weights by output channel, activations by token as they come. Any device."""
+    fp8 = "fp8"
+    """e4m3, likewise. CUDA of compute capability 8.9 or newer (Ada, Hopper)."""
+
+
+class Placement(Enum):
+    """Where the teacher's parameters are while it is not computing with them."""
+
+    replicated = "replicated"
+    """Whole on every device: fastest."""
+    zero3 = "zero3"
+    """Partitioned over all ranks' devices (DeepSpeed ZeRO 3), gathered layer by layer."""
+    offload = "offload"
+    """Partitioned over all ranks' host memory, or files in ``offload_folder``; gathered layer by layer."""
+
+
 class NonFinite(Enum):
     """What happens when a student's loss or gradient norm is NaN or infinite on any rank."""
 
@@ -76,6 +97,16 @@ class TeacherConfig:
     """Expected SHA-256 of the weights file ``model.safetensors``; a different file is refused."""
     precision: Precision = Precision.bf16
     """Format of the teacher's forward pass. Nothing is accumulated in it: losses are float32."""
+    quantization: Quantization = Quantization.none
+    """Quantize the matrix products of the teacher's layers (torchao); ``launcher/preflight.py`` says how far
+    its losses then are from float32."""
+    compile: bool = False
+    """Compile the teacher's layers (torch.compile, static shapes); needs a C++ compiler where it runs."""
+    placement: Placement = Placement.replicated
+    """Where its parameters are; with zero3 and offload a teacher larger than one device works."""
+    offload_folder: str | None = None
+    """With ``placement: offload``: a folder on a fast local disk (NVMe) for the partitions, read through the
+    page cache; they are gone when the run ends. Not set: host memory."""
 
 
 @dataclass

@@ -14,9 +14,12 @@ from configs.schema import (
     LossConfig,
     Offload,
     OptimizerConfig,
+    Placement,
     Precision,
+    Quantization,
     RunConfig,
     StudentConfig,
+    TeacherConfig,
 )
 
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.-]*")
@@ -26,6 +29,7 @@ _MAX_SEQ_LEN = 65_535  # row lengths are stored as uint16
 def check_run(config: RunConfig) -> list[str]:
     """Return every problem of a run's config, each with key, value, rule and way out."""
     problems = _check_lengths(config) + _check_data(config.data) + _check_deepspeed(config)
+    problems += _check_teacher(config.teacher)
     if not _NAME.fullmatch(config.name):
         problems.append(f"name={config.name!r} must be letters, digits, '-', '_' and '.'")
     for name, count in Counter(student.name for student in config.students).items():
@@ -128,6 +132,31 @@ def _check_data(data: DataConfig) -> list[str]:
             problems.append(
                 f"data.mixture.{number}.name={entry.name!r} must be letters, digits, '-', '_' and '.'"
             )
+    return problems
+
+
+def _check_teacher(teacher: TeacherConfig) -> list[str]:
+    problems = []
+    quantization, placement = teacher.quantization, teacher.placement
+    if quantization is Quantization.fp8 and teacher.precision is not Precision.bf16:
+        problems.append(
+            f"teacher.quantization=fp8 needs teacher.precision=bf16, not {teacher.precision.value}"
+        )
+    if placement is not Placement.replicated and quantization is not Quantization.none:
+        problems.append(
+            f"teacher.quantization={quantization.value} needs teacher.placement=replicated, not "
+            f"{placement.value}: DeepSpeed partitions plain tensors only"
+        )
+    if placement is not Placement.replicated and teacher.compile:
+        problems.append(
+            f"teacher.compile=true needs teacher.placement=replicated, not {placement.value}: parameters "
+            "come and go between layers"
+        )
+    if placement is not Placement.offload and teacher.offload_folder is not None:
+        problems.append(
+            f"teacher.offload_folder={teacher.offload_folder!r} goes with teacher.placement=offload, not "
+            f"{placement.value}"
+        )
     return problems
 
 

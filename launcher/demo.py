@@ -21,6 +21,7 @@ import subprocess
 import time
 from dataclasses import replace
 from datetime import timedelta
+from functools import partial
 
 import torch
 from rich.console import Console
@@ -28,13 +29,15 @@ from rich.table import Table
 from torch import nn
 
 from configs.load import ConfigError, load_config
-from configs.schema import Precision, RunConfig, StudentConfig, TeacherConfig
+from configs.schema import RunConfig, StudentConfig
 from launcher.reporting import by_kind, duration
 from sharding.manifest import Corpus, open_corpus
 from trainer import encoders, models, shapes, world
-from trainer.capture import Captured, capture
+from trainer.capture import Captured
 from trainer.evaluation import evaluate
 from trainer.models import Inputs
+from trainer.teacher import load_teacher
+from trainer.transfer import teacher_need
 
 ROOT = Path(__file__).resolve().parents[1]
 RANKS = 2
@@ -118,8 +121,7 @@ def compare(config: RunConfig) -> tuple[Table, float]:
     untrained, distilled = recorded_losses(Path(config.output) / "evaluations.jsonl")
     teacher_config = encoders.load_teacher_config(config.teacher)
     layered, layered_losses = teacher_layers(config, student, corpus)
-    full = TeacherConfig(config.teacher.model, config.teacher.revision, precision=Precision.fp32)
-    teacher = encoders.load_teacher(full, torch.device("cpu"))
+    teacher = encoders.load_whole_teacher(config.teacher, head=False).eval()
     exported = encoders.load_encoder(str(Path(config.output) / "export" / student.name)).eval()
     seq_len = corpus.manifest.seq_len
     teacher_speed, student_speed = rows_per_s([teacher, exported], seq_len)
@@ -153,7 +155,6 @@ def teacher_layers(config: RunConfig, student: StudentConfig, corpus: Corpus) ->
     world.connect(place, {}, timedelta(minutes=5))
     try:
         hf_config = encoders.load_teacher_config(config.teacher)
-        teacher = encoders.load_teacher(config.teacher, place.device)
         wide = replace(
             student,
             hidden_size=hf_config.hidden_size,
@@ -161,17 +162,16 @@ def teacher_layers(config: RunConfig, student: StudentConfig, corpus: Corpus) ->
             intermediate_size=hf_config.intermediate_size,
             init="teacher",
         )
-        module = models.build_student(wide, lambda head: teacher, hf_config, config.train.seed).eval()
-
-        def teach(inputs: Inputs) -> Captured:
-            return capture(teacher, inputs.ids_BS, inputs.attention_mask, inputs.token_type_BS)
+        learned = shapes.transfer(wide, hf_config)
+        load = partial(encoders.load_whole_teacher, config.teacher)
+        module = models.build_student(wide, load, hf_config, config.train.seed).eval()
 
         def learn(inputs: Inputs) -> Captured:
             return Captured(**module(inputs.ids_BS, inputs.attention_mask, inputs.token_type_BS))
 
         losses = evaluate(
-            teach,
-            [(learn, shapes.transfer(wide, hf_config))],
+            load_teacher(config.teacher, teacher_need([learned]), place),
+            [(learn, learned)],
             hf_config.hidden_size,
             corpus,
             config.evaluation.rows,

@@ -14,6 +14,7 @@ from transformers import (
     PreTrainedConfig,
     PreTrainedModel,
 )
+from transformers.initialization import no_init_weights
 from transformers.models.auto.modeling_auto import MODEL_MAPPING
 from transformers.utils import cached_file
 from transformers.utils import logging as hf_logging
@@ -46,16 +47,15 @@ def load_tokenizer(config: TeacherConfig) -> Any:
         raise ValueError(f"teacher.model={config.model!r} has no tokenizer to read: {error}") from error
 
 
-def load_teacher(config: TeacherConfig, device: torch.device) -> PreTrainedModel:
-    """Return the teacher in its precision on ``device``: no pooler, evaluation mode, nothing to train.
+def load_whole_teacher(config: TeacherConfig, head: bool) -> PreTrainedModel:
+    """Return all of the teacher on CPU in float32, for students that start from its weights.
 
     Raises:
         ValueError: the weights cannot be read, some are missing, or the attention cannot be captured.
     """
-    teacher = load_encoder(config.model, revision=config.revision, dtype=DTYPES[config.precision])
+    teacher = load_encoder(config.model, head=head, revision=config.revision, dtype=torch.float32)
     enable_capture(teacher)
-    teacher.to(device)  # type: ignore[arg-type]  # its decorator hides nn.Module's signature
-    return teacher.eval().requires_grad_(False)
+    return teacher
 
 
 def load_encoder(model: str, head: bool = False, **settings: Any) -> PreTrainedModel:
@@ -106,6 +106,15 @@ def new_encoder(config: PreTrainedConfig, head: bool = False) -> PreTrainedModel
         raise ValueError(f"no {config.model_type} encoder can be made of these settings: {error}") from error
     enable_capture(encoder)
     return encoder
+
+
+def empty_encoder(config: PreTrainedConfig, head: bool = False) -> PreTrainedModel:
+    """Return an encoder whose weights are memory that nobody has written to, ready to be captured.
+
+    Host memory of that size is reserved, and taken only where it is written to.
+    """
+    with no_init_weights():
+        return new_encoder(config, head)
 
 
 def read_config(key: str, model: str, **settings: Any) -> PreTrainedConfig:

@@ -10,6 +10,7 @@ import os
 import warnings
 from collections.abc import Mapping
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -24,6 +25,7 @@ os.environ.setdefault("DS_ACCELERATOR", "cuda" if torch.cuda.is_available() else
 
 import deepspeed  # noqa: E402
 import deepspeed.ops  # noqa: E402
+from deepspeed.runtime.zero.parameter_offload import DeepSpeedZeRoOffload  # noqa: E402
 from deepspeed.utils import (  # noqa: E402
     logger,
     safe_get_full_fp32_param,
@@ -62,6 +64,71 @@ def attach() -> None:
     # On CPU deepspeed would compile a shared-memory collective for a minute, only for ranks on one host.
     deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
     deepspeed.init_distributed(auto_mpi_discovery=False, verbose=False, dist_init_required=False)
+
+
+def partition(
+    model: nn.Module, dtype: torch.dtype, world: World, offload: bool, folder: Path | None = None
+) -> None:
+    """Partition a frozen model over all ranks by ZeRO stage 3, in place (collective).
+
+    Whenever a part of it is called, that part's parameters are gathered on the device and then let go;
+    biases and norms, and what the next layer needs, may stay a little longer. Every rank must call equally.
+
+    Args:
+        model: on CPU, its weights those of rank 0; on the other ranks they are overwritten.
+        dtype: every parameter's; they are converted one after another.
+        world: the ranks.
+        offload: keep the partitions in host memory instead of on the devices.
+        folder: keep them in nameless files there, one per rank, that are mapped to memory (with ``offload``).
+    """
+    logger.setLevel(logging.WARNING)
+    sizes = [parameter.numel() for parameter in model.parameters() if parameter.dim() == 1]
+    largest = max(sum(p.numel() for p in m.parameters(recurse=False)) for m in model.modules())
+    zero: dict[str, Any] = {
+        "stage": 3,
+        "memory_efficient_linear": False,
+    }  # that one would replace torch's linear for all
+    if offload:
+        zero["offload_param"] = {
+            "device": "cpu",
+            "pin_memory": world.device.type == "cuda" and folder is None,
+        }
+    settings = {"train_micro_batch_size_per_gpu": 1, "zero_optimization": zero}
+    for buffer in model.buffers():
+        buffer.data = buffer.data.to(world.device)
+    for module in reversed(list(model.modules())):  # parts before what they are parts of
+        for parameter in module.parameters(recurse=False):
+            if not hasattr(parameter, "ds_id"):
+                parameter.data = parameter.data.to(dtype)
+        deepspeed.zero.Init(module=module, config_dict_or_path=settings)
+    if folder is not None:
+        _move_to_files(model, folder / f"teacher-rank{world.rank}.bin")
+    DeepSpeedZeRoOffload(
+        model,
+        timers=None,
+        ds_config=settings,
+        prefetch_bucket_size=largest,
+        max_live_parameters=2 * largest,
+        max_reuse_distance=0,
+        param_persistence_threshold=max(sizes),
+    )
+
+
+def _move_to_files(model: nn.Module, path: Path) -> None:
+    """Put a partitioned model's own share into a file that is mapped to memory.
+
+    The kernel reads pages when they are needed and drops them when memory is short: no more than that is
+    what DeepSpeed's own NVMe path does, with libaio and buffers of a size to be chosen.
+    """
+    partitions = [parameter.ds_tensor for parameter in model.parameters()]  # type: ignore[attr-defined]
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.unlink(missing_ok=True)
+    dtype, elements = partitions[0].dtype, sum(partition.numel() for partition in partitions)
+    mapped = torch.from_file(str(path), shared=True, size=elements, dtype=dtype)
+    path.unlink()  # it goes when the process does
+    for partition, place in zip(partitions, mapped.split([p.numel() for p in partitions]), strict=True):
+        place.copy_(partition)
+        partition.data = place
 
 
 class Engine:
