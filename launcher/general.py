@@ -11,10 +11,12 @@ if __package__ in (None, ""):  # run as a script: launchers put this folder on s
     sys.path[0] = str(Path(__file__).resolve().parents[1])
 
 import argparse
+import functools
 import json
 import logging
 import os
 import time
+from collections.abc import Callable
 from datetime import timedelta
 from typing import Any
 
@@ -33,14 +35,16 @@ from sharding.files import write_text
 from sharding.tokens import check_tokenizer
 from trainer import checkpoint as checkpoints
 from trainer import encoders, engine, shapes, world
-from trainer.capture import Captured, capture, check_supported
 from trainer.checkpoint import Checkpoint, Progress
+from trainer.clock import Clock
 from trainer.export import export
-from trainer.flops import encoder_forward_flops, matrix_rate
+from trainer.flops import matrix_rate, student_row_flops, teacher_row_flops
 from trainer.loop import NonFiniteError, Run, Trainee, total_steps, train
 from trainer.meter import CorpusMeter, SpeedMeter
-from trainer.models import Inputs, build_student
-from trainer.transfer import teacher_need
+from trainer.models import build_student
+from trainer.profile import Profile
+from trainer.teacher import check_machine, load_teacher
+from trainer.transfer import student_need, teacher_need
 from trainer.world import World
 
 log = logging.getLogger("distil")
@@ -54,9 +58,19 @@ def main() -> int:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--config", help="YAML file, see configs/")
+    parser.add_argument(
+        "--profile",
+        action="store_const",
+        const=3,
+        dest="profile_steps",
+        help="profile three early steps into OUTPUT/profile, then go on",
+    )
+    parser.add_argument("--profile-steps", type=int, metavar="STEPS", help="the same with so many steps")
     parser.add_argument("--local_rank", help=argparse.SUPPRESS)  # the deepspeed launcher appends it
     parser.add_argument("overrides", nargs="*", help="key=value, such as train.steps=100")
     arguments = parser.parse_args()
+    if arguments.profile_steps is not None and arguments.profile_steps < 1:
+        parser.error(f"--profile-steps {arguments.profile_steps} is less than 1")
     is_main = os.environ.get("RANK", os.environ.get("SLURM_PROCID", "0")) == "0"
     logging.basicConfig(
         level=logging.INFO if is_main else logging.ERROR, format="%(asctime)s %(message)s", datefmt="%H:%M:%S"
@@ -65,7 +79,7 @@ def main() -> int:
     for chatty in ("httpx", "mlflow", "alembic"):
         logging.getLogger(chatty).setLevel(logging.WARNING)
     try:
-        distil(load_config(RunConfig, arguments.config, arguments.overrides))
+        distil(load_config(RunConfig, arguments.config, arguments.overrides), arguments.profile_steps)
     except (ValueError, OSError, NonFiniteError) as error:
         alone = dist.is_initialized() and not isinstance(error, NonFiniteError)
         if is_main or alone:  # before the ranks meet, and for what all of them see, one message is enough
@@ -81,7 +95,7 @@ def main() -> int:
     return 0
 
 
-def distil(config: RunConfig) -> None:
+def distil(config: RunConfig, profile_steps: int | None = None) -> None:
     """Run the whole job: check, connect, resume or start, train, export."""
     place = world.find(os.environ)
     world.share_cores(place, config.train.threads)
@@ -102,9 +116,16 @@ def distil(config: RunConfig) -> None:
         del resumed  # weights and moments of every student: the engines have them now
         reporter = Reporter(run, tracked)
         reporter.started(resumed=newest is not None)
+        if profile_steps is not None:
+            folder = Path(config.output) / "profile"
+            run.profile = Profile(folder, place, run.speed, profile_steps, log.info)
         train(run, reporter)
+        if run.profile is not None:
+            run.profile.close()
         finish(run, reporter, time.perf_counter() - started_s)
-        status = "FINISHED"
+        failure, status = retired_error(run), "FINISHED"
+    except NonFiniteError as error:
+        failure = error  # of all ranks alike: none leaves, and has the others ended, before MLflow knows
     except KeyboardInterrupt:
         status = "KILLED"
         raise
@@ -112,6 +133,8 @@ def distil(config: RunConfig) -> None:
         if tracked is not None:
             tracked.finish(status)
     world.disconnect()
+    if failure is not None:
+        raise failure
 
 
 def check(config: RunConfig, place: World) -> Corpora:
@@ -121,6 +144,7 @@ def check(config: RunConfig, place: World) -> Corpora:
         ConfigError: all problems together.
     """
     problems = check_batch(config.train.global_batch_rows, config.train.micro_batch_rows, place.size)
+    problems += check_machine(config.teacher, place.device)
     corpora = teacher_config = None
     try:
         corpora = open_corpora(config.data)
@@ -197,31 +221,25 @@ def write_folder(config: RunConfig, place: World) -> None:
 
 def build(config: RunConfig, place: World, corpora: Corpora, resumed: Checkpoint | None) -> Run:
     """Load the teacher, make the students and their engines, and restore what a checkpoint holds."""
-    teacher = encoders.load_teacher(config.teacher, place.device)
-    check_supported(teacher)
-    trainees = [make_trainee(config, student, teacher, place, resumed) for student in config.students]
-    need = teacher_need([trainee.transfer for trainee in trainees])
+    teacher_config = encoders.load_teacher_config(config.teacher)
+    need = teacher_need([shapes.transfer(student, teacher_config) for student in config.students])
+    teacher = load_teacher(config.teacher, need, place)
+    whole = functools.cache(functools.partial(encoders.load_whole_teacher, config.teacher))
+    trainees = [
+        make_trainee(config, student, teacher_config, whole, place, resumed) for student in config.students
+    ]
+    whole.cache_clear()  # it was for students that start from it
     if len(corpora.parts) > 1:
         names = [part.name for part in corpora.parts]
         for trainee in trainees:
-            trainee.by_corpus = CorpusMeter(names, trainee.transfer, teacher.config.hidden_size)
-
-    @torch.no_grad()
-    def teach(inputs: Inputs) -> Captured:
-        return capture(
-            teacher,
-            inputs.ids_BS,
-            inputs.attention_mask,
-            inputs.token_type_BS,
-            need=need,
-        )
+            trainee.by_corpus = CorpusMeter(names, trainee.transfer, teacher.hidden_size)
 
     return Run(
         config=config,
         world=place,
         corpora=corpora,
-        teach=teach,
-        teacher_hidden_size=teacher.config.hidden_size,
+        teach=teacher,
+        teacher_hidden_size=teacher.hidden_size,
         trainees=trainees,
         speed=make_speed_meter(config, place, teacher.config, trainees, corpora),
         progress=resumed.progress if resumed is not None else Progress(),
@@ -233,12 +251,13 @@ def build(config: RunConfig, place: World, corpora: Corpora, resumed: Checkpoint
 def make_trainee(
     config: RunConfig,
     student: StudentConfig,
-    teacher: PreTrainedModel,
+    teacher: PreTrainedConfig,
+    whole_teacher: Callable[[bool], PreTrainedModel],
     place: World,
     resumed: Checkpoint | None,
 ) -> Trainee:
     """Make one student and its engine (collective), new or as a checkpoint has it."""
-    module = build_student(student, lambda head: teacher, teacher.config, config.train.seed)
+    module = build_student(student, whole_teacher, teacher, config.train.seed)
     settings = derive(config, student, place.size, pin_memory=place.device.type == "cuda")
     state = resumed.students[student.name] if resumed is not None else None
     if state is not None:
@@ -248,36 +267,38 @@ def make_trainee(
         own.load(state)
     own.train()
     skipped_steps = resumed.skipped_steps[student.name] if resumed is not None else 0
-    return Trainee(student, shapes.transfer(student, teacher.config), own, skipped_steps=skipped_steps)
+    return Trainee(student, shapes.transfer(student, teacher), own, skipped_steps=skipped_steps)
 
 
 def make_speed_meter(
     config: RunConfig, place: World, teacher: PreTrainedConfig, trainees: list[Trainee], corpora: Corpora
 ) -> SpeedMeter:
     """Count a row's operations and measure how fast this device could do them at best."""
-    shapes_of_students = [trainee.engine.module.encoder.config for trainee in trainees]
+    clock = Clock(place.device)
+    need = teacher_need([trainee.transfer for trainee in trainees])
     lengths = [corpus.manifest.seq_len for corpus in corpora.corpora]
-
-    def flops(shape: PreTrainedConfig) -> float:
-        found = (encoder_forward_flops(shape, 1, seq_len) for seq_len in lengths)
-        return sum(share * of_row for share, of_row in zip(corpora.shares, found, strict=True))
-
+    teacher_flops = student_flops = 0.0
     try:
-        teacher_flops, student_flops = flops(teacher), 3 * sum(map(flops, shapes_of_students))
+        for share, seq_len in zip(corpora.shares, lengths, strict=True):
+            teacher_flops += share * teacher_row_flops(teacher, seq_len, need)
+            for trainee in trainees:
+                shape, own = trainee.engine.module.encoder.config, student_need(trainee.transfer)
+                student_flops += share * student_row_flops(shape, seq_len, own, teacher.hidden_size)
     except ValueError as error:
         log.warning("no MFU: %s", error)
-        return SpeedMeter(flops_per_row=None, floor_s_per_row=0.0)
+        return SpeedMeter(None, 0.0, clock)
     teacher_s = teacher_flops / matrix_rate(encoders.DTYPES[config.teacher.precision], place.device)
     student_s = student_flops / matrix_rate(encoders.DTYPES[config.deepspeed.precision], place.device)
-    return SpeedMeter(flops_per_row=teacher_flops + student_flops, floor_s_per_row=teacher_s + student_s)
+    return SpeedMeter(teacher_flops + student_flops, teacher_s + student_s, clock)
 
 
 def finish(run: Run, reporter: Reporter, wall_s: float) -> None:
-    """Export every student (collective), sum up, and say what to do next."""
+    """Export every student that is not retired (collective), sum up, and say what to do next."""
     config, folder = run.config, Path(run.config.output)
     tokenizer = encoders.load_tokenizer(config.teacher)
     summary: dict[str, Any] = {"steps": run.progress.step, "rows": run.progress.rows, "students": {}}
-    for number, trainee in enumerate(run.trainees):
+    summary["retired"] = run.progress.retired
+    for trainee in run.active:
         weights = trainee.engine.weights()
         if not run.world.is_main:
             continue
@@ -289,7 +310,7 @@ def finish(run: Run, reporter: Reporter, wall_s: float) -> None:
         }
         log.info("exported %s", path)
         if reporter.tracked is not None and config.tracking.log_models:
-            reporter.tracked.students[number].log_artifacts(path, "model")
+            reporter.tracked.students[trainee.config.name].log_artifacts(path, "model")
     if not run.world.is_main:
         return
     if run.speed.total_rows:
@@ -299,6 +320,18 @@ def finish(run: Run, reporter: Reporter, wall_s: float) -> None:
         reporter.tracked.log_file(folder / "summary.json")
         reporter.tracked.log_file(folder / "evaluations.jsonl")
     log.info("done in %s. Load a student with AutoModel.from_pretrained(%r)", duration(wall_s), str(path))
+
+
+def retired_error(run: Run) -> NonFiniteError | None:
+    """Return what a run with students that failed ends with, though all others are done."""
+    if not run.progress.retired:
+        return None
+    failed = "".join(f"\n  - student {name}: {reason}" for name, reason in run.progress.retired.items())
+    return NonFiniteError(
+        f"{len(run.progress.retired)} of {len(run.trainees)} students failed; the others are trained and "
+        f"exported:{failed}\nThis run keeps them retired. Train them in a run of their own, with another "
+        "output, and with a lower optimizer.lr or max_grad_norm, or with train.non_finite=skip"
+    )
 
 
 if __name__ == "__main__":

@@ -3,7 +3,7 @@
 import json
 import logging
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -23,9 +23,10 @@ log = logging.getLogger("distil")
 class Tracked:
     """The MLflow runs of one job: the run itself, and a child per student when there are several."""
 
-    def __init__(self, run: TrackedRun, students: list[TrackedRun]) -> None:
+    def __init__(self, run: TrackedRun, students: dict[str, TrackedRun]) -> None:
         self.run = run
-        self.students = students  # one per student; the run itself when there is one student
+        self.students = students  # by name; of a job with one student the run itself
+        self.failed: set[str] = set()  # students, and "" the run itself
 
     @classmethod
     def start(cls, config: RunConfig, corpora: Corpora, run_ids: Mapping[str, str]) -> "Tracked":
@@ -66,9 +67,9 @@ class Tracked:
             tag = "corpus.fingerprint" + (f".{part.name}" if len(corpora.parts) > 1 else "")
             run.log_dataset(part.name, corpus.fingerprint, source, profile, tag)
         if len(config.students) == 1:
-            return cls(run, [run])
-        children = [
-            TrackedRun.start(
+            return cls(run, {config.students[0].name: run})
+        children = {
+            student.name: TrackedRun.start(
                 **common,
                 name=student.name,
                 run_id=run_ids.get(student.name),
@@ -77,7 +78,7 @@ class Tracked:
                 tags=tags,
             )
             for student in config.students
-        ]
+        }
         return cls(run, children)
 
     def log_file(self, path: Path) -> None:
@@ -85,16 +86,20 @@ class Tracked:
         if path.is_file() and path.stat().st_size:
             self.run.log_text(path.read_text(encoding="utf-8"), path.name)
 
-    def run_ids(self, config: RunConfig) -> dict[str, str]:
+    def run_ids(self) -> dict[str, str]:
         """Return what a checkpoint keeps to continue these runs."""
-        return {"": self.run.id} | {
-            student.name: child.id for student, child in zip(config.students, self.students, strict=True)
-        }
+        return {"": self.run.id} | {name: child.id for name, child in self.students.items()}
+
+    def fail(self, student: str, reason: str) -> None:
+        """Mark one student's run as failed, and with it the job's."""
+        self.failed |= {student, ""}
+        self.students[student].fail(reason)
 
     def finish(self, status: str) -> None:
-        """Send what is queued and close all runs, children first."""
-        for run in [child for child in self.students if child is not self.run] + [self.run]:
-            lost = run.finish(status)
+        """Send what is queued and close all runs, children first; a student that failed stays so."""
+        children = {name: child for name, child in self.students.items() if child is not self.run}
+        for name, run in [*children.items(), ("", self.run)]:
+            lost = run.finish("FAILED" if name in self.failed else status)
             if lost:
                 log.warning("MLflow did not take %d metric points of run %s", lost, run.id)
 
@@ -128,19 +133,21 @@ class Reporter:
         log.info("%s on %s, %s", steps, ranks, deepspeed)
         if resumed:
             log.info("resumed at step %d (%d rows consumed)", run.progress.step, run.progress.rows)
+        for name, reason in run.progress.retired.items():
+            self.retired(name, reason)
         if self.tracked is not None:
             log.info("in MLflow: %s", self.tracked.run.url)
             for name in ("config.yaml", "deepspeed.json", "origin.json", "changes.diff"):
                 self.tracked.log_file(self.folder / name)
 
     def logged(
-        self, progress: Progress, speed: Mapping[str, float], students: Sequence[dict[str, float]]
+        self, progress: Progress, speed: Mapping[str, float], students: Mapping[str, dict[str, float]]
     ) -> None:
         """Print one line per student and log everything."""
         if not self.world.is_main:
             return
-        for trainee, figures in zip(self.run.trainees, students, strict=True):
-            name = f" {trainee.config.name}" if len(students) > 1 else ""
+        for student, figures in students.items():
+            name = f" {student}" if len(self.run.trainees) > 1 else ""
             log.info(
                 "step %d/%d%s  loss %.4f (%s)  grad %.2f  lr %.2e  "
                 "%.1f rows/s  %.0f tokens/s  wait %.1f%%  ETA %s",
@@ -153,34 +160,41 @@ class Reporter:
                 figures["optimizer/lr"],
                 speed["speed/rows_per_s"],
                 speed["speed/tokens_per_s"],
-                100 * speed["data/wait_share"],
+                100 * speed["share/data"],
                 duration(speed["time/eta_s"]),
             )
         if self.tracked is not None:
             self.tracked.run.log_metrics(speed, progress.step)
-            for child, figures in zip(self.tracked.students, students, strict=True):
-                child.log_metrics(figures, progress.step)
+            for student, figures in students.items():
+                self.tracked.students[student].log_metrics(figures, progress.step)
 
-    def evaluated(self, progress: Progress, students: Sequence[dict[str, float]]) -> None:
+    def evaluated(self, progress: Progress, students: Mapping[str, dict[str, float]]) -> None:
         """Print, keep in ``evaluations.jsonl`` and log the held-out losses."""
         if not self.world.is_main:
             return
-        for trainee, losses in zip(self.run.trainees, students, strict=True):
+        for student, losses in students.items():
             figures = {f"heldout/{key}": value for key, value in losses.items()}
             log.info(
                 "step %d/%d %s  held-out loss %.4f (%s)",
                 progress.step,
                 self.run.total_steps,
-                trainee.config.name,
+                student,
                 losses["total"],
                 by_kind(figures, "heldout/"),
             )
-            entry = {"step": progress.step, "student": trainee.config.name, "losses": losses}
+            entry = {"step": progress.step, "student": student, "losses": losses}
             with (self.folder / "evaluations.jsonl").open("a", encoding="utf-8") as file:
                 file.write(json.dumps(entry) + "\n")
         if self.tracked is not None:
-            for child, losses in zip(self.tracked.students, students, strict=True):
-                child.log_metrics({f"heldout/{key}": value for key, value in losses.items()}, progress.step)
+            for student, losses in students.items():
+                figures = {f"heldout/{key}": value for key, value in losses.items()}
+                self.tracked.students[student].log_metrics(figures, progress.step)
+
+    def retired(self, name: str, reason: str) -> None:
+        """Say loudly that a student has failed, and mark its run."""
+        log.warning("student %s has FAILED and is retired: %s. The other students go on", name, reason)
+        if self.tracked is not None:
+            self.tracked.fail(name, reason)
 
     def save(self, progress: Progress) -> None:
         """Write a checkpoint (collective). A disk that is full costs this checkpoint, not the run."""
@@ -193,7 +207,7 @@ class Reporter:
             skipped_steps={trainee.config.name: trainee.skipped_steps for trainee in self.run.trainees},
             fingerprint=self.run.corpora.fingerprint,
             config=to_dict(self.config),
-            tracking_run_ids=self.tracked.run_ids(self.config) if self.tracked is not None else {},
+            tracking_run_ids=self.tracked.run_ids() if self.tracked is not None else {},
             revision=self.revision,
             world_size=self.world.size,
         )

@@ -3,9 +3,15 @@
 Dropout is a pure function of where the run stands: before each student's forward pass the generator is
 seeded from (seed, step, rank, micro batch). So a resumed run draws what the uninterrupted one drew, and a
 student draws the same beside others as alone.
+
+A student whose loss or gradient is not finite fails alone: it is *retired*, and the others go on bitwise as
+if it had never been there. Ranks agree on it, because the gradient norm is global. An exception on one rank
+(out of memory, a lost device) cannot be kept to one student: the other ranks wait for that rank in the
+collectives of the student's backward pass and step, and nothing could call them off. It ends the run, as a
+lost rank does.
 """
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Protocol
 
@@ -21,6 +27,7 @@ from trainer.evaluation import Encode, evaluate
 from trainer.layout import row_counts
 from trainer.meter import CorpusMeter, LossMeter, SpeedMeter
 from trainer.models import Inputs
+from trainer.profile import Profile
 from trainer.quarantine import mask_damaged
 from trainer.schedule import lr_multiplier
 from trainer.transfer import Transfer, denominators, distil, total, weights
@@ -28,7 +35,7 @@ from trainer.world import World, sum_over_ranks
 
 
 class NonFiniteError(RuntimeError):
-    """A loss or gradient became NaN or infinite, and the policy says stop."""
+    """A loss or gradient became NaN or infinite, the policy says stop, and no other student can go on."""
 
 
 @dataclass
@@ -49,12 +56,15 @@ class Listener(Protocol):
     """What the loop tells the outside; every method is called on all ranks, with equal values."""
 
     def logged(
-        self, progress: Progress, speed: Mapping[str, float], students: Sequence[dict[str, float]]
+        self, progress: Progress, speed: Mapping[str, float], students: Mapping[str, dict[str, float]]
     ) -> None:
-        """Losses and rates of every student over the last span, and the run's speed."""
+        """Losses and rates of every active student over the last span, by name, and the run's speed."""
 
-    def evaluated(self, progress: Progress, students: Sequence[dict[str, float]]) -> None:
-        """Held-out losses of every student."""
+    def evaluated(self, progress: Progress, students: Mapping[str, dict[str, float]]) -> None:
+        """Held-out losses of every active student, by name."""
+
+    def retired(self, name: str, reason: str) -> None:
+        """A student has failed; the others go on."""
 
     def save(self, progress: Progress) -> None:
         """A checkpoint is due (collective)."""
@@ -75,6 +85,12 @@ class Run:
     total_steps: int
     separator: int | None = None
     """Id of the token that ends a document, where a row's documents are kept apart."""
+    profile: Profile | None = None
+
+    @property
+    def active(self) -> list[Trainee]:
+        """The students that train: all that are not retired."""
+        return [trainee for trainee in self.trainees if trainee.config.name not in self.progress.retired]
 
 
 def total_steps(config: RunConfig, corpora: Corpora) -> int:
@@ -92,22 +108,26 @@ def train(run: Run, listener: Listener) -> None:
     """Train all students to the run's last step (collective).
 
     Raises:
-        NonFiniteError: by the policy ``train.non_finite``.
+        NonFiniteError: by the policy ``train.non_finite``, when the last active student fails.
         CorpusError: a damaged shard.
     """
-    progress, config, end = run.progress, run.config, run.total_steps
+    progress, config, end, clock = run.progress, run.config, run.total_steps, run.speed.clock
     if progress.step == 0 and config.evaluation.every_steps is not None:
         _evaluate(run, listener)
     for batch in run.speed.timed(_batches(run)):
         if config.data.damaged is Damaged.quarantine:
             batch = mask_damaged(batch, progress, run.world)
         tokens = _accumulate_gradients(run, batch)
-        for trainee in run.trainees:
+        for trainee in run.active:
             rate = trainee.config.optimizer.lr * _multiplier(trainee, progress.step, end)
-            _handle_non_finite(run, trainee, trainee.engine.step(rate))
+            with clock.part(f"{trainee.config.name}/optimizer"):
+                result = trainee.engine.step(rate)
+            _handle_non_finite(run, listener, trainee, result)
         progress.step += 1
         progress.rows = batch.position
         run.speed.add(config.train.global_batch_rows, tokens)
+        if run.profile is not None:
+            run.profile.step()
         if _due(config.log.every_steps, progress.step, end):
             _log(run, listener)
         if _due(config.evaluation.every_steps, progress.step, end):
@@ -122,30 +142,38 @@ def _accumulate_gradients(run: Run, batch: Batch) -> int:
     Every loss is divided by the counts of the whole global step, which are known before the first micro
     batch: so neither ranks, nor micro batches, nor padding change loss or gradient.
     """
-    device, size = run.world.device, run.config.train.micro_batch_rows
+    device, size, clock = run.world.device, run.config.train.micro_batch_rows, run.speed.clock
     counts_B2 = row_counts(batch.ids_BS, batch.length_B, run.separator)
     counts = sum_over_ranks(counts_B2.sum(dim=0).to(device))
     tokens, pairs = counts.clamp(min=1).tolist()  # 0: every row of the step is masked
     for micro, start in enumerate(range(0, len(batch.length_B), size)):
         rows = slice(start, start + size)
         inputs = Inputs.of(batch, rows, device, run.separator)
-        targets = run.teach(inputs)
-        for trainee in run.trainees:
+        with clock.part("teacher"):
+            targets = run.teach(inputs)
+        for trainee in run.active:
+            name = trainee.config.name
             _seed_dropout(run.config.train.seed, run.progress.step, run.world.rank, micro)
-            sums = distil(trainee.engine(inputs), targets, inputs.layout, trainee.transfer)
-            counted = denominators(trainee.transfer, tokens, pairs, run.teacher_hidden_size)
-            trainee.engine.backward(total(sums, counted, weights(trainee.transfer)))
+            with clock.part(f"{name}/forward"):
+                learned = trainee.engine(inputs)
+            with clock.part(f"{name}/losses"):
+                sums = distil(learned, targets, inputs.layout, trainee.transfer)
+                counted = denominators(trainee.transfer, tokens, pairs, run.teacher_hidden_size)
+                loss = total(sums, counted, weights(trainee.transfer))
+            with clock.part(f"{name}/backward"):
+                trainee.engine.backward(loss)
             trainee.losses.add(sums, counted)
             if trainee.by_corpus is not None:
                 trainee.by_corpus.add(sums, batch.corpus_B[rows].to(device), counts_B2[rows].to(device))
     return int(tokens)
 
 
-def _handle_non_finite(run: Run, trainee: Trainee, result: StepResult) -> None:
+def _handle_non_finite(run: Run, listener: Listener, trainee: Trainee, result: StepResult) -> None:
     """Apply ``train.non_finite`` to a step whose gradient norm was not finite; all ranks see the same norm.
 
     A loss that is not finite has a gradient that is not finite. In fp16 a step now and then is left out to
-    find the loss scale: that is no failure, and only ``max_skipped_steps`` in a row end the run.
+    find the loss scale: that is no failure, and only ``max_skipped_steps`` in a row are one. A student that
+    fails is retired; the last active one ends the run.
     """
     trainee.grad_norm = result.grad_norm
     if result.applied:
@@ -155,34 +183,40 @@ def _handle_non_finite(run: Run, trainee: Trainee, result: StepResult) -> None:
     trainee.skipped_in_a_row += 1
     scaling = run.config.deepspeed.precision is Precision.fp16
     stop = run.config.train.non_finite is NonFinite.stop and not scaling
-    if stop or trainee.skipped_in_a_row >= run.config.train.max_skipped_steps:
+    if not stop and trainee.skipped_in_a_row < run.config.train.max_skipped_steps:
+        return
+    name = trainee.config.name
+    reason = (
+        f"the loss or gradient of step {run.progress.step + 1} (rows from {run.progress.rows}) is not "
+        f"finite, {trainee.skipped_in_a_row} steps in a row; the weights are as before"
+    )
+    if len(run.active) == 1:
         raise NonFiniteError(
-            f"student {trainee.config.name}: the loss or gradient of step {run.progress.step + 1} "
-            f"(rows from {run.progress.rows}) is not finite, {trainee.skipped_in_a_row} steps in a row; "
-            "the weights are as before. Lower students.N.optimizer.lr, set max_grad_norm, or leave such "
+            f"student {name}: {reason}. Lower students.N.optimizer.lr, set max_grad_norm, or leave such "
             "steps out with train.non_finite=skip; started again, the run resumes from its newest checkpoint"
         )
+    run.progress.retired[name] = reason
+    listener.retired(name, reason)
 
 
 def _log(run: Run, listener: Listener) -> None:
     steps = run.speed.steps
-    students = []
-    for trainee in run.trainees:
+    rows_left = (run.total_steps - run.progress.step) * run.config.train.global_batch_rows
+    speed = run.speed.report(rows_left, run.world)
+    students = {}
+    for trainee in run.active:
         losses = trainee.losses.means(weights(trainee.transfer), steps)
         if trainee.by_corpus is not None:
             means = trainee.by_corpus.means(run.world.device)
             losses |= {key: value for key, value in means.items() if key.startswith("corpus/")}
         lr = trainee.config.optimizer.lr * _multiplier(trainee, run.progress.step - 1, run.total_steps)
-        students.append(
-            {
-                **{f"loss/{key}": value for key, value in losses.items()},
-                "optimizer/lr": lr,
-                "optimizer/grad_norm": trainee.grad_norm,
-                "optimizer/skipped_steps": trainee.skipped_steps,
-            }
-        )
-    rows_left = (run.total_steps - run.progress.step) * run.config.train.global_batch_rows
-    speed = run.speed.report(rows_left, run.world)
+        students[trainee.config.name] = {
+            **{f"loss/{key}": value for key, value in losses.items()},
+            **(run.speed.of_student(trainee.config.name) if len(run.trainees) > 1 else {}),
+            "optimizer/lr": lr,
+            "optimizer/grad_norm": trainee.grad_norm,
+            "optimizer/skipped_steps": trainee.skipped_steps,
+        }
     listener.logged(run.progress, {**speed, **_position(run)}, students)
 
 
@@ -200,12 +234,12 @@ def _position(run: Run) -> dict[str, float]:
 
 
 def _evaluate(run: Run, listener: Listener) -> None:
-    encoders = [(trainee.engine, trainee.transfer) for trainee in run.trainees]
-    for trainee in run.trainees:
+    active = run.active
+    for trainee in active:
         trainee.engine.train(False)
     losses = evaluate(
         run.teach,
-        encoders,
+        [(trainee.engine, trainee.transfer) for trainee in active],
         run.teacher_hidden_size,
         run.corpora,
         run.config.evaluation.rows,
@@ -214,9 +248,10 @@ def _evaluate(run: Run, listener: Listener) -> None:
         mask_damaged=run.config.data.damaged is Damaged.quarantine,
         separator=run.separator,
     )
-    for trainee in run.trainees:
+    for trainee in active:
         trainee.engine.train(True)
-    listener.evaluated(run.progress, losses)
+    names = [trainee.config.name for trainee in active]
+    listener.evaluated(run.progress, dict(zip(names, losses, strict=True)))
 
 
 def _batches(run: Run) -> Iterable[Batch]:

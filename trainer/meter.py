@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from sharding.stream import Batch
+from trainer.clock import Clock
 from trainer.transfer import Transfer, denominators, weights
 from trainer.world import World, sum_over_ranks
 
@@ -84,22 +85,28 @@ class CorpusMeter:
         return {"total": sum(of_term[key] * value for key, value in values.items()), **values}
 
 
+PARTS = ("forward", "losses", "backward", "optimizer")  # of a student's step
+
+
 @dataclass
 class SpeedMeter:
-    """Rows and tokens per second over all ranks, the share of time spent waiting for data, time left."""
+    """Rows and tokens per second over all ranks, where this rank's time goes, time left."""
 
     flops_per_row: float | None
     """Model operations per row: teacher forward, and three forwards' worth for every student; None when an
     architecture's are not known, which leaves the two figures out that need them."""
     floor_s_per_row: float
     """Seconds that one rank's matrix units would need for a row's operations at their measured rate."""
+    clock: Clock
+    """Takes the time of a step's parts: ``data``, ``teacher``, ``<student>/<part>`` for all of ``PARTS``."""
     rows: int = 0  # since the last report, over all ranks
     tokens: int = 0
     steps: int = 0
-    wait_s: float = 0.0
     span_s: float = 0.0  # of steps; evaluation and saving are left out
     total_rows: int = 0  # of this process, over all reports
     total_s: float = 0.0
+    parts_s: dict[str, float] = field(default_factory=dict)  # per step of the span last reported
+    _clock_s: dict[str, float] = field(default_factory=dict)  # the clock's, at the last report
     _asked_s: float = 0.0  # when the step in progress asked for its rows
 
     def timed(self, batches: Iterable[Batch]) -> Iterator[Batch]:
@@ -107,10 +114,10 @@ class SpeedMeter:
         iterator = iter(batches)
         while True:
             self._asked_s = time.perf_counter()
-            batch = next(iterator, None)
+            with self.clock.part("data"):
+                batch = next(iterator, None)
             if batch is None:
                 return
-            self.wait_s += time.perf_counter() - self._asked_s
             yield batch
 
     def add(self, rows: int, tokens: int) -> None:
@@ -125,13 +132,14 @@ class SpeedMeter:
         self.total_rows += self.rows
         self.total_s += self.span_s
         rows_per_s = self.rows / self.span_s
+        split_s = self._split()
         figures = {
             "speed/rows_per_s": rows_per_s,
             "speed/tokens_per_s": self.tokens / self.span_s,
             "speed/step_s": self.span_s / self.steps,
-            "data/wait_s": self.wait_s / self.steps,
-            "data/wait_share": self.wait_s / self.span_s,
             "time/eta_s": rows_left * self.total_s / self.total_rows,
+            **{f"time/{part}_s": part_s for part, part_s in split_s.items()},
+            **{f"share/{part}": part_s * self.steps / self.span_s for part, part_s in split_s.items()},
             **_memory(world),
         }
         if self.flops_per_row is not None:
@@ -139,8 +147,30 @@ class SpeedMeter:
             figures["speed/tflops_per_rank"] = rows_per_rank_s * self.flops_per_row / 1e12
             figures["speed/mfu"] = rows_per_rank_s * self.floor_s_per_row
         self.rows = self.tokens = self.steps = 0
-        self.wait_s = self.span_s = 0.0
+        self.span_s = 0.0
         return figures
+
+    def of_student(self, name: str) -> dict[str, float]:
+        """Return one student's own seconds per step over the span last reported."""
+        return {f"time/{part}_s": self.parts_s.get(f"{name}/{part}", 0.0) for part in PARTS}
+
+    def seconds(self) -> dict[str, float]:
+        """Return the seconds that all parts, and all steps as ``step``, have taken in this process."""
+        return {"step": self.total_s + self.span_s, **self.clock.totals()}
+
+    def _split(self) -> dict[str, float]:
+        """Seconds per step of the span's parts, over all students; they add up to the step.
+
+        Communication counts where it happens: gradients in ``backward`` and ``optimizer``, at ZeRO stage 3
+        weights in ``forward``; what is left is ``other``. ``trainer.profile`` tells it apart.
+        """
+        now_s = self.clock.totals()
+        self.parts_s = {part: (now_s[part] - self._clock_s.get(part, 0.0)) / self.steps for part in now_s}
+        self._clock_s = now_s
+        split_s = {part: self.parts_s.get(part, 0.0) for part in ("data", "teacher")}
+        for part in PARTS:
+            split_s[part] = sum(own_s for name, own_s in self.parts_s.items() if name.endswith(f"/{part}"))
+        return split_s | {"other": self.span_s / self.steps - sum(split_s.values())}
 
 
 def _memory(world: World) -> dict[str, float]:

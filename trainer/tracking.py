@@ -226,6 +226,15 @@ class Run:
         """Queue the files of ``folder`` as artifacts under ``path``; leave them in place until ``finish``."""
         self._outbox.call(path, lambda: self._client.log_artifacts(self.id, str(folder), path))
 
+    def fail(self, reason: str) -> None:
+        """Queue the status FAILED and the tag ``failed``, which says why; the run can still be logged to."""
+
+        def send() -> None:
+            self._client.set_tag(self.id, "failed", reason)
+            self._client.set_terminated(self.id, "FAILED")
+
+        self._outbox.call("status FAILED", send)
+
     def finish(self, status: str = "FINISHED", wait_s: float = 30.0) -> int:
         """Send what is queued, close the run as FINISHED, FAILED or KILLED; return the points lost.
 

@@ -1,5 +1,6 @@
 """The loop with a real engine on one rank: when it tells what, how far it reads, what it refuses."""
 
+from collections.abc import Mapping
 from pathlib import Path
 
 import pytest
@@ -15,6 +16,8 @@ from tests.trainer.tiny import tiny_encoder
 from trainer import engine
 from trainer.capture import capture, enable_capture
 from trainer.checkpoint import Progress
+from trainer.clock import Clock
+from trainer.engine import EngineState
 from trainer.loop import NonFiniteError, Run, Trainee, total_steps, train
 from trainer.meter import SpeedMeter
 from trainer.models import build_student
@@ -61,13 +64,22 @@ def configured(tiny_corpus: Path, *overrides: str) -> RunConfig:
     )
 
 
-def make_run(config: RunConfig, progress: Progress) -> Run:
+def make_run(
+    config: RunConfig, progress: Progress, place: World = ALONE, states: Mapping[str, EngineState] = {}
+) -> Run:
+    """A run of every student in the config; ``states`` are what a checkpoint holds of them."""
     teacher = tiny_encoder("bert").eval()
     enable_capture(teacher)
-    student = config.students[0]
-    module = build_student(student, lambda head: teacher, teacher.config, config.train.seed)
-    own = engine.Engine(module, student.optimizer, derive(config, student, 1, False), ALONE)
-    own.train()
+    trainees = []
+    for student in config.students:
+        module = build_student(student, lambda head: teacher, teacher.config, config.train.seed)
+        if student.name in states:
+            module.load(states[student.name].weights)
+        own = engine.Engine(module, student.optimizer, derive(config, student, place.size, False), place)
+        if student.name in states:
+            own.load(states[student.name])
+        own.train()
+        trainees.append(Trainee(student, transfer(student, teacher.config), own))
     corpora = open_corpora(config.data)
 
     @torch.no_grad()
@@ -76,12 +88,12 @@ def make_run(config: RunConfig, progress: Progress) -> Run:
 
     return Run(
         config=config,
-        world=ALONE,
+        world=place,
         corpora=corpora,
         teach=teach,
         teacher_hidden_size=48,
-        trainees=[Trainee(student, transfer(student, teacher.config), own)],
-        speed=SpeedMeter(flops_per_row=1.0, floor_s_per_row=1.0),
+        trainees=trainees,
+        speed=SpeedMeter(1.0, 1.0, Clock(place.device)),
         progress=progress,
         total_steps=total_steps(config, corpora),
     )
@@ -91,13 +103,16 @@ class Heard:
     """Keeps what the loop tells."""
 
     def __init__(self) -> None:
-        self.logs, self.evaluations, self.saves = [], [], []
+        self.logs, self.evaluations, self.saves, self.retirements = [], [], [], []
 
     def logged(self, progress, speed, students):
-        self.logs.append((progress.step, progress.rows, speed, students[0]))
+        self.logs.append((progress.step, progress.rows, speed, students))
 
     def evaluated(self, progress, students):
-        self.evaluations.append((progress.step, students[0]))
+        self.evaluations.append((progress.step, students))
+
+    def retired(self, name, reason):
+        self.retirements.append((name, reason))
 
     def save(self, progress):
         self.saves.append((progress.step, progress.rows))
@@ -110,9 +125,10 @@ def test_everything_is_told_when_due_and_at_the_end(group, tiny_corpus):
     assert [(step, rows) for step, rows, *_ in heard.logs] == [(2, 16), (4, 32), (6, 48), (7, 56)]
     assert [step for step, _ in heard.evaluations] == [0, 3, 6, 7]
     assert heard.saves == [(5, 40), (7, 56)]
-    assert heard.evaluations[-1][1]["total"] < heard.evaluations[0][1]["total"]
+    assert heard.evaluations[-1][1]["s"]["total"] < heard.evaluations[0][1]["s"]["total"]
     assert run.progress == Progress(step=7, rows=56)
-    for step, _, speed, losses in heard.logs:
+    for step, _, speed, students in heard.logs:
+        losses = students["s"]
         assert losses["optimizer/lr"] == 0.01 * lr_multiplier(step - 1, 7, 0.1, "linear", 0.0)
         terms = [value for key, value in losses.items() if key.startswith("loss/") and key != "loss/total"]
         assert losses["loss/total"] == pytest.approx(sum(terms))
@@ -151,8 +167,8 @@ def test_a_step_that_is_not_finite_is_skipped_and_counted(group, tiny_corpus):
     train(run, heard)
     assert run.progress == Progress(step=7, rows=56)
     assert run.trainees[0].skipped_steps == 1 and run.trainees[0].skipped_in_a_row == 0
-    assert heard.logs[-1][3]["optimizer/skipped_steps"] == 1
-    assert heard.evaluations[-1][1]["total"] < heard.evaluations[0][1]["total"]
+    assert heard.logs[-1][3]["s"]["optimizer/skipped_steps"] == 1
+    assert heard.evaluations[-1][1]["s"]["total"] < heard.evaluations[0][1]["s"]["total"]
     assert all(torch.isfinite(value).all() for value in run.trainees[0].engine.weights().values())
 
 
@@ -171,6 +187,64 @@ def test_by_default_it_stops(group, tiny_corpus):
         train(run, Heard())
     after = run.trainees[0].engine.weights()
     assert all(torch.equal(before[name], after[name]) for name in before)
+
+
+TWO = (
+    "students=[{name: a, layers: 2, hidden_size: 24, heads: 4, intermediate_size: 48},"
+    " {name: b, layers: 1, hidden_size: 24, heads: 4, intermediate_size: 48}]"
+)
+
+
+def poison(trainee: Trainee) -> None:
+    """From now on nothing that this student computes is finite."""
+    trainee.engine.module.encoder.embeddings.register_forward_hook(lambda *args: args[2] * float("nan"))
+
+
+@pytest.mark.parametrize(("policy", "at"), [("stop", 3), ("skip", 5)])
+def test_a_student_that_fails_is_retired_by_the_policy(group, tiny_corpus, policy, at):
+    settings = ["students.0.optimizer.lr=0.01", f"train.non_finite={policy}", "train.max_skipped_steps=3"]
+    run, heard = make_run(configured(tiny_corpus, TWO, *settings), Progress()), Heard()
+    plain = run.teach
+
+    def teach(inputs):
+        if run.progress.step == 2 and not calls:
+            calls.append(poison(run.trainees[1]))
+        return plain(inputs)
+
+    calls, run.teach = [], teach
+    train(run, heard)
+    ((name, reason),) = heard.retirements
+    assert name == "b" and run.progress.retired == {"b": reason}
+    assert f"step {at} (rows from {8 * (at - 1)}) is not finite, {at - 2} steps in a row" in reason
+    assert run.progress.step == 7 and run.trainees[1].skipped_steps == at - 2
+    assert [set(students) for *_, students in heard.logs] == [
+        {"a", "b"} if step < at else {"a"} for step in (2, 4, 6, 7)
+    ]
+    assert [set(students) for _, students in heard.evaluations] == [
+        {"a", "b"} if step < at else {"a"} for step in (0, 3, 6, 7)
+    ]
+
+
+def test_when_the_last_student_fails_the_run_ends(group, tiny_corpus):
+    run, heard = make_run(configured(tiny_corpus, TWO), Progress()), Heard()
+    for trainee in run.trainees:
+        poison(trainee)
+    with pytest.raises(NonFiniteError, match="student b: the loss or gradient of step 1 "):
+        train(run, heard)
+    assert [name for name, _ in heard.retirements] == ["a"] and run.progress.step == 0
+
+
+def test_the_parts_of_a_step_are_timed_for_the_run_and_for_each_student(group, tiny_corpus):
+    heard = Heard()
+    train(make_run(configured(tiny_corpus, TWO, "evaluation.every_steps=null"), Progress()), heard)
+    parts = ["data", "teacher", "forward", "losses", "backward", "optimizer", "other"]
+    for _, _, speed, students in heard.logs:
+        assert sum(speed[f"share/{part}"] for part in parts) == pytest.approx(1)
+        assert sum(speed[f"time/{part}_s"] for part in parts) == pytest.approx(speed["speed/step_s"])
+        assert all(speed[f"share/{part}"] > 0 for part in parts)
+        for part in ("forward", "losses", "backward", "optimizer"):
+            own_s = [students[name][f"time/{part}_s"] for name in ("a", "b")]
+            assert sum(own_s) == pytest.approx(speed[f"time/{part}_s"]) and min(own_s) > 0
 
 
 @pytest.mark.parametrize(("epochs", "steps"), [("1", 81), ("0.5", 40), ("2.5", 202), ("0.001", 1)])

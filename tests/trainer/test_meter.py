@@ -9,6 +9,7 @@ import torch.distributed as dist
 from torch import tensor
 
 from sharding.stream import Batch
+from trainer.clock import Clock
 from trainer.meter import CorpusMeter, LossMeter, SpeedMeter
 from trainer.transfer import Transfer
 from trainer.world import World
@@ -89,14 +90,20 @@ def test_no_graph_is_kept_alive(group):
     assert not meter.shares["x"].requires_grad
 
 
+@pytest.fixture
+def meter() -> SpeedMeter:
+    """10 GFLOP and 0.2 s of matrix time a row."""
+    return SpeedMeter(flops_per_row=10e9, floor_s_per_row=0.2, clock=Clock(CPU))
+
+
 @pytest.mark.parametrize("size", [1, 4])
-def test_figures_by_hand(size):
-    """Two steps of 8 rows in 4 s, 1 s of it waiting; 10 GFLOP and 0.2 s of matrix time a row."""
-    meter = SpeedMeter(flops_per_row=10e9, floor_s_per_row=0.2)
-    meter.rows, meter.tokens, meter.steps, meter.span_s, meter.wait_s = 16, 1000, 2, 4.0, 1.0
+def test_figures_by_hand(meter, size):
+    """Two steps of 8 rows in 4 s."""
+    meter.rows, meter.tokens, meter.steps, meter.span_s = 16, 1000, 2, 4.0
     world = World(0, size, 0, size, CPU)
     figures = meter.report(rows_left=40, world=world)
     memory_gib = figures.pop("memory/peak_gib")
+    split = {key: figures.pop(key) for key in list(figures) if key.startswith(("share/", "time/"))}
     assert figures == pytest.approx(
         {
             "speed/rows_per_s": 4.0,
@@ -104,46 +111,64 @@ def test_figures_by_hand(size):
             "speed/step_s": 2.0,
             "speed/tflops_per_rank": 0.04 / size,
             "speed/mfu": 0.8 / size,
-            "data/wait_s": 0.5,
-            "data/wait_share": 0.25,
-            "time/eta_s": 10.0,
         }
     )
+    assert split["time/eta_s"] == 10.0
     assert 0.05 < memory_gib < 100
     # The next span has its own speed; the time left goes by both: 32 rows in 6 s.
     meter.rows, meter.tokens, meter.steps, meter.span_s = 16, 600, 1, 2.0
     figures = meter.report(rows_left=32, world=world)
-    assert figures["speed/rows_per_s"] == 8.0 and figures["data/wait_s"] == 0.0
+    assert figures["speed/rows_per_s"] == 8.0 and figures["time/data_s"] == 0.0
     assert figures["time/eta_s"] == 6.0 and (meter.total_rows, meter.total_s) == (32, 6.0)
-    assert (meter.rows, meter.tokens, meter.steps, meter.span_s, meter.wait_s) == (0, 0, 0, 0.0, 0.0)
+    assert (meter.rows, meter.tokens, meter.steps, meter.span_s) == (0, 0, 0, 0.0)
 
 
-def test_time_outside_steps_is_left_out(monkeypatch):
-    """A clock by hand: waits of 2, steps of 3 after them; 100 between the steps counts nowhere."""
+def test_a_step_is_split_into_its_parts(meter, monkeypatch):
+    """A clock by hand. Of a step's 20 s two are waiting; 100 between the steps count nowhere."""
     now = 0.0
     monkeypatch.setattr(time, "perf_counter", lambda: now)
-    meter = SpeedMeter(flops_per_row=1.0, floor_s_per_row=1.0)
-    batches = [Batch(position, *(tensor([1]),) * 5) for position in (1, 2, 3)]
+    lasts_s = {"teacher": 7.0, "a/forward": 1.0, "b/forward": 2.0, "a/losses": 0.5, "b/backward": 4.0}
 
     def read():
         nonlocal now
-        for batch in batches:
+        for position in (1, 2, 3):
             now += 2.0
-            yield batch
+            yield Batch(position, *(tensor([1]),) * 5)
+
+    def steps(batches, slower=1.0):
+        nonlocal now
+        for batch in meter.timed(batches):
+            seen.append(batch.position)
+            for part, part_s in lasts_s.items():
+                with meter.clock.part(part):
+                    now += slower * part_s
+            now += slower * 3.5  # between the parts
+            meter.add(rows=8, tokens=50)
+            now += 100.0  # evaluation, saving
 
     seen = []
-    for batch in meter.timed(read()):
-        seen.append(batch)
-        now += 3.0
-        meter.add(rows=8, tokens=50)
-        now += 100.0  # evaluation, saving
-    assert all(got is batch for got, batch in zip(seen, batches, strict=True))
-    assert (meter.span_s, meter.wait_s) == (15.0, 6.0)
-    assert (meter.rows, meter.tokens, meter.steps) == (24, 150, 3)
+    steps(read())
+    assert seen == [1, 2, 3] and meter.seconds()["step"] == 60.0
+    figures = meter.report(rows_left=0, world=ALONE)
+    expected = {
+        "data": 2,
+        "teacher": 7,
+        "forward": 3,
+        "losses": 0.5,
+        "backward": 4,
+        "optimizer": 0,
+        "other": 3.5,
+    }
+    assert {part: figures[f"time/{part}_s"] for part in expected} == expected
+    assert {part: 20 * figures[f"share/{part}"] for part in expected} == pytest.approx(expected)
+    own = {"time/forward_s": 2.0, "time/losses_s": 0.0, "time/backward_s": 4.0, "time/optimizer_s": 0.0}
+    assert meter.of_student("b") == own
+    steps(read(), slower=2.0)
+    assert meter.report(rows_left=0, world=ALONE)["time/teacher_s"] == 14.0, "of the new span alone"
 
 
 def test_without_a_count_of_operations_there_is_no_mfu():
-    meter = SpeedMeter(flops_per_row=None, floor_s_per_row=0.0, rows=8, tokens=16, steps=1, span_s=2.0)
+    meter = SpeedMeter(None, 0.0, Clock(CPU), rows=8, tokens=16, steps=1, span_s=2.0)
     figures = meter.report(rows_left=4, world=ALONE)
     assert figures["speed/rows_per_s"] == 4.0 and figures["time/eta_s"] == 1.0
     assert not {"speed/mfu", "speed/tflops_per_rank"} & set(figures)

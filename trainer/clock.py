@@ -1,0 +1,48 @@
+"""The clock of the step: seconds spent in its named parts."""
+
+import time
+from collections import Counter
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch.profiler import record_function
+
+
+class Clock:
+    """Adds up the seconds of named parts; in a profiler's trace the same parts are ranges of these names.
+
+    On CUDA a part is the time between two events in the stream: nothing is waited for until ``totals`` reads
+    them. On CPU it is the wall clock's. Parts of other kinds of work do not overlap: at most one is open.
+    """
+
+    def __init__(self, device: torch.device) -> None:
+        self.device = device
+        self._totals: Counter[str] = Counter()
+        self._unread: list[tuple[str, Any, Any]] = []
+
+    @contextmanager
+    def part(self, name: str) -> Iterator[None]:
+        """Count what happens inside under ``name``; an exception leaves it uncounted."""
+        with record_function(name):
+            start = self._now()
+            yield
+            self._unread.append((name, start, self._now()))
+
+    def totals(self) -> dict[str, float]:
+        """Return the seconds of every part since the clock was made (waits for the device)."""
+        if self._unread and self.device.type == "cuda":
+            self._unread[-1][2].synchronize()
+        for name, start, end in self._unread:
+            seconds = start.elapsed_time(end) / 1e3 if self.device.type == "cuda" else end - start
+            self._totals[name] += seconds
+        self._unread.clear()
+        return dict(self._totals)
+
+    def _now(self) -> Any:
+        if self.device.type != "cuda":
+            return time.perf_counter()
+        event = torch.cuda.Event(enable_timing=True)
+        event.record()
+        return event
