@@ -16,7 +16,7 @@ from sharding.build import build
 from tests.conftest import WORDS
 from tests.launcher.conftest import command, evaluations, student
 
-SEQ_LEN, HEADS = 8192, 12
+SEQ_LEN, HEADS = 8192, 10
 SCORE_MATRICES_KIB = HEADS * SEQ_LEN**2 * 4 // 1024  # of one row, one layer, one model, in float32
 
 pytestmark = pytest.mark.network_of_ranks
@@ -44,14 +44,14 @@ def long_corpus(tmp_path: Path, tiny_tokenizer: Path) -> Path:
 
 @pytest.fixture
 def long_teacher(tmp_path: Path, tiny_tokenizer: Path) -> Path:
-    """A random ModernBERT of 3 layers x 48, two of them with a window of 128 tokens."""
+    """A random ModernBERT of 3 layers x 60, two of them with a window of 128 tokens."""
     tokenizer = AutoTokenizer.from_pretrained(tiny_tokenizer)
     folder = tmp_path / "teacher"
     with torch.random.fork_rng():
         torch.manual_seed(7)
         config = ModernBertConfig(
             vocab_size=len(tokenizer),
-            hidden_size=48,
+            hidden_size=60,
             num_hidden_layers=3,
             num_attention_heads=HEADS,
             intermediate_size=96,
@@ -81,9 +81,9 @@ def test_a_run_on_rows_of_8192_tokens_never_holds_one_layers_scores(
         "separate_documents": separate_documents,
         "workers": 0,
     }
-    run_config["students"] = [student("small", heads=HEADS, layer_map=[1, 3])]
-    run_config["train"] = {"global_batch_rows": 2, "micro_batch_rows": 1, "steps": 3}
-    run_config["evaluation"] = {"every_steps": 3, "rows": 1}
+    run_config["students"] = [student("small", hidden_size=40, heads=HEADS, layer_map=[1, 3])]
+    run_config["train"] = {"global_batch_rows": 1, "micro_batch_rows": 1, "steps": 2}
+    run_config["evaluation"] = {"every_steps": 2, "rows": 1}
     run_config["checkpoint"] = {"every_steps": None}
     log = tmp_path / "log"
     with log.open("wb") as output:
