@@ -18,9 +18,10 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from trainer.attention_loss import attention_error_sum, group_heads, grouped_scaling
 from trainer.capture import Captured, Need
 from trainer.layout import Layout
-from trainer.losses import attention_error_sum, group_heads, grouped_scaling, squared_error_sum
+from trainer.losses import squared_error_sum
 
 
 @dataclass(frozen=True)
@@ -115,7 +116,7 @@ def distil(student: Captured, teacher: Captured, layout: Layout, transfer: Trans
     sums: dict[str, Tensor] = {}
     for m, g in enumerate((0, *transfer.layer_map)):
         if (key := f"hidden/{m}" if m else "embedding") in wanted:
-            sums[key] = squared_error_sum(_kept(student.hidden[m]), _kept(teacher.hidden[g]), layout.mask_BS)
+            sums[key] = squared_error_sum(_kept(student.hidden[m]), _kept(teacher.hidden[g]), layout.mask)
         if (key := f"attention/{m}") in wanted:
             sums[key] = _attention(student, m, teacher, g, layout, transfer.attention_heads)
     return sums
@@ -125,7 +126,7 @@ def _attention(student: Captured, m: int, teacher: Captured, g: int, layout: Lay
     q_S, k_S, scaling_S = _grouped(student, m, heads)
     q_T, k_T, scaling_T = _grouped(teacher, g, heads)
     if (documents := layout.documents) is None:
-        return attention_error_sum(q_S, k_S, q_T, k_T, scaling_S, scaling_T, layout.mask_BS)
+        return attention_error_sum(q_S, k_S, q_T, k_T, scaling_S, scaling_T, layout.mask)
     q_S, k_S, q_T, k_T = (documents.take(x) for x in (q_S, k_S, q_T, k_T))
     sum_N = attention_error_sum(q_S, k_S, q_T, k_T, scaling_S, scaling_T, documents.mask_NL)
     return documents.by_row(sum_N, len(layout.mask_BS))

@@ -6,16 +6,10 @@ import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from trainer.attention_loss import attention_error_sum, common_heads, group_heads, grouped_scaling
 from trainer.capture import Captured, Need
 from trainer.layout import Layout, row_counts
-from trainer.losses import (
-    attention_error_sum,
-    common_heads,
-    group_heads,
-    grouped_scaling,
-    soft_cross_entropy_sum,
-    squared_error_sum,
-)
+from trainer.losses import soft_cross_entropy_sum, squared_error_sum
 from trainer.transfer import Transfer, denominators, distil, student_need, teacher_need, total, weights
 
 both_methods = pytest.mark.parametrize("method", ["gram", "direct"])
@@ -215,7 +209,8 @@ def test_gradcheck_of_the_other_losses():
 
 
 def test_auto_takes_the_smaller_form():
-    for seq_len, expected in ((8, "direct"), (9, "gram")):  # D_S + D_T = 8
+    # Multiply-adds a head: S^2 (3 * 3 + 5) against S (4 * 9 + 4 * 15 + 2 * 25) = 146 S, with a tenth more.
+    for seq_len, expected in ((11, "direct"), (12, "gram")):
         tensors, mask = random_attention(seq_len=seq_len, dtype=torch.float32), torch.ones(3, seq_len)
         losses = {m: loss_and_gradients(tensors, mask, m) for m in ("auto", "gram", "direct")}
         assert all(torch.equal(a, b) for a, b in zip(losses["auto"], losses[expected], strict=True))
@@ -243,7 +238,7 @@ def test_nothing_of_the_size_of_attention_exists_and_little_is_kept():
     with LargestTensor() as largest, torch.autograd.graph.saved_tensors_hooks(kept.append, lambda x: x):
         q_S, k_S = (x.requires_grad_() for x in tensors[:2])
         loss = attention_error_sum(q_S, k_S, *tensors[2:], 0.6, 0.4, torch.ones(rows, seq_len), "gram")
-    assert largest.elements == rows * heads * seq_len * (dim_S + dim_T)  # U and V
+    assert largest.elements == rows * heads * seq_len * dim_T  # the teacher's own
     student_sized = rows * heads * seq_len * dim_S
     assert sum(x.numel() for x in kept if x.is_floating_point()) == 2 * student_sized
     assert loss.requires_grad
