@@ -114,7 +114,9 @@ def empty_encoder(config: PreTrainedConfig, head: bool = False) -> PreTrainedMod
     Host memory of that size is reserved, and taken only where it is written to.
     """
     with no_init_weights():
-        return new_encoder(config, head)
+        encoder = new_encoder(config, head)
+    encoder.tie_weights()  # initialising weights does it otherwise
+    return encoder
 
 
 def read_config(key: str, model: str, **settings: Any) -> PreTrainedConfig:
