@@ -10,6 +10,7 @@ from trainer.world import World
 
 WAIT, WARM_UP = 1, 1  # steps left out: the first allocates, the next has the profiler's own start in it
 TOP = 12  # operations in the table
+COMMUNICATION = ("gloo:", "ncclDevKernel")  # operations on CPU, kernels on CUDA
 
 
 class Profile:
@@ -74,14 +75,14 @@ class Profile:
 
     def _table(self, profiler: profile, steps: int, split_s: dict[str, float]) -> str:
         on_device = self._world.device.type == "cuda"
-        taken_s, communication_s = {}, 0.0
+        # From the events themselves: in the averages an operation that ends on another thread lasts no time.
+        communication = (e for e in profiler.events() if e.name.startswith(COMMUNICATION))
+        communication_s = sum(event.time_range.elapsed_us() for event in communication) / 1e6 / steps
+        taken_s = {}
         for event in profiler.key_averages():
             own_us = event.self_device_time_total if on_device else event.self_cpu_time_total
-            own_s = own_us / 1e6 / steps
-            if event.key.startswith(("gloo:", "ncclDevKernel", "ncclKernel")):
-                communication_s += own_s
-            elif not event.is_user_annotation and not event.key.startswith("ProfilerStep"):
-                taken_s[event.key] = own_s, event.count / steps
+            if not event.is_user_annotation:
+                taken_s[event.key] = own_us / 1e6 / steps, event.count / steps
         step_s = split_s.pop("step")
         split_s["other"] = step_s - sum(split_s.values())
         lines = [f"{'part of the step':50} {'calls':>9} {'ms':>9} {'share':>6}"]
