@@ -20,6 +20,10 @@ HOMES = {
 
 PURE = [
     "trainer/losses.py",
+    "trainer/attention_loss.py",
+    "trainer/relation_loss.py",
+    "trainer/prediction_loss.py",
+    "trainer/numerics.py",
     "trainer/transfer.py",
     "trainer/layout.py",
     "trainer/layer_map.py",

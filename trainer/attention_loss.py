@@ -12,7 +12,15 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from trainer.numerics import blocks, exact_products, scratch_elements, tiles, widen
+from trainer.numerics import (
+    blocks,
+    exact_products,
+    flat_tile,
+    padding_of,
+    scratch_elements,
+    tiles,
+    widen,
+)
 
 # Squares of low-precision numbers are so regular that their float32 sum is rounded down more often than up;
 # scaled by this first, they are not (docs/method.md).
@@ -123,11 +131,11 @@ class _ScoreError(torch.autograd.Function):
         on_tensor_cores = method == "gram" and q_S.is_cuda and narrow and len({x.dtype for x in inputs}) == 1
         unit = _IRREGULAR if narrow and not on_tensor_cores else 1.0
         form, elements = (_direct, seq_len * seq_len) if method == "direct" else (_gram, 0)
-        padding_B1S1 = None if mask_BS is None else ~mask_BS.bool()[:, None, :, None]
+        padding_B1S1 = padding_of(mask_BS)
 
         def load(x: Tensor, tile: tuple[slice, slice]) -> Tensor:
-            x = x[tile] if padding_B1S1 is None else x[tile].masked_fill(padding_B1S1[tile[0]], 0)
-            x = x.flatten(0, 1) if on_tensor_cores else x.flatten(0, 1).to(wide)
+            x = flat_tile(x, tile, padding_B1S1)
+            x = x if on_tensor_cores else x.to(wide)
             return x if unit == 1 else x * unit
 
         learns = any(ctx.needs_input_grad[:2])

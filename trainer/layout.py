@@ -15,7 +15,7 @@ from torch import Tensor
 
 @dataclass(frozen=True)
 class Documents:
-    """The documents of a batch, each on its own."""
+    """Some documents of a batch, of similar lengths, each on its own."""
 
     index_NL: Tensor
     """int64: places of a document's tokens among the batch's B * S; padded with 0."""
@@ -23,11 +23,19 @@ class Documents:
     """bool: which of these are tokens."""
     row_N: Tensor
     """int64: the row that holds the document."""
+    full: bool
+    """They are equally long. Known without reading from the device."""
+
+    @property
+    def mask(self) -> Tensor | None:
+        """``mask_NL``, or None where every place holds a token."""
+        return None if self.full else self.mask_NL
 
     def take(self, x_BHSD: Tensor) -> Tensor:
         """[B, H, S, D] -> [N, H, L, D]: a row for every document. Differentiable."""
         tokens = x_BHSD.transpose(1, 2).flatten(0, 1)  # [B S, H, D]
-        return tokens[self.index_NL].transpose(1, 2)
+        taken = tokens.index_select(0, self.index_NL.flatten())  # its gradient is cheaper than that of []
+        return taken.unflatten(0, self.index_NL.shape).transpose(1, 2)
 
     def by_row(self, value_N: Tensor, rows: int) -> Tensor:
         """[N] -> [B]: the sum over every row's documents."""
@@ -42,8 +50,9 @@ class Layout:
     """bool: valid tokens."""
     full: bool
     """Every token is valid: losses may pass over the mask. Known without reading from the device."""
-    documents: Documents | None = None
-    """None: a row is one document."""
+    documents: tuple[Documents, ...] | None = None
+    """All documents, those of lengths from 2^k + 1 to 2^(k+1) together, so that padding them to the longest
+    at most doubles them. None: a row is one document."""
 
     @property
     def mask(self) -> Tensor | None:
@@ -52,10 +61,16 @@ class Layout:
 
     def to(self, device: torch.device) -> "Layout":
         """The same layout on another device."""
-        moved = None
-        if self.documents is not None:
-            moved = Documents(*(x.to(device, non_blocking=True) for x in vars(self.documents).values()))
-        return replace(self, mask_BS=self.mask_BS.to(device, non_blocking=True), documents=moved)
+        documents = self.documents
+        if documents is not None:
+            documents = tuple(
+                Documents(
+                    *(x.to(device, non_blocking=True) for x in (some.index_NL, some.mask_NL, some.row_N)),
+                    some.full,
+                )
+                for some in documents
+            )
+        return replace(self, mask_BS=self.mask_BS.to(device, non_blocking=True), documents=documents)
 
 
 def layout(ids_BS: Tensor, length_B: Tensor, separator: int | None = None) -> Layout:
@@ -65,10 +80,20 @@ def layout(ids_BS: Tensor, length_B: Tensor, separator: int | None = None) -> La
     if separator is None:
         return Layout(mask_BS, full)
     row_N, start_N, length_N = _documents(ids_BS, mask_BS, separator)
+    size_N = (length_N - 1).clamp(min=1).log2().floor()  # in float32, exact for powers of two
+    groups = [size_N == size for size in size_N.unique()] or [
+        size_N > 0
+    ]  # none at all: one without documents
+    start_N += row_N * ids_BS.shape[1]
+    some = (_group(row_N[group], start_N[group], length_N[group]) for group in groups)
+    return Layout(mask_BS, full, tuple(some))
+
+
+def _group(row_N: Tensor, start_N: Tensor, length_N: Tensor) -> Documents:
     step_L = torch.arange(int(length_N.max()) if len(length_N) else 0)
     mask_NL = step_L < length_N[:, None]
-    index_NL = (row_N * ids_BS.shape[1] + start_N)[:, None] + step_L
-    return Layout(mask_BS, full, Documents(index_NL.masked_fill(~mask_NL, 0), mask_NL, row_N))
+    index_NL = (start_N[:, None] + step_L).masked_fill(~mask_NL, 0)
+    return Documents(index_NL, mask_NL, row_N, bool(mask_NL.all()))
 
 
 def row_counts(ids_BS: Tensor, length_B: Tensor, separator: int | None = None) -> Tensor:
@@ -89,10 +114,12 @@ def document_BS(layout: Layout) -> Tensor:
     if layout.documents is None:
         rows_B1 = torch.arange(len(layout.mask_BS), device=layout.mask_BS.device)[:, None]
         return torch.where(layout.mask_BS, rows_B1, -1)
-    index_NL, mask_NL = layout.documents.index_NL, layout.documents.mask_NL
-    numbers_NL = torch.arange(len(index_NL), device=index_NL.device)[:, None].expand_as(index_NL)
     found = torch.full_like(layout.mask_BS, -1, dtype=torch.int64).flatten()
-    found[index_NL[mask_NL]] = numbers_NL[mask_NL]
+    first = 0
+    for some in layout.documents:
+        numbers_NL = first + torch.arange(len(some.row_N), device=found.device)[:, None]
+        found[some.index_NL[some.mask_NL]] = numbers_NL.expand_as(some.index_NL)[some.mask_NL]
+        first += len(some.row_N)
     return found.view_as(layout.mask_BS)
 
 

@@ -31,6 +31,17 @@ def blocks(rows: int, heads: int, elements_each: int, limit: int) -> Iterator[tu
             yield some_rows, some_heads
 
 
+def padding_of(mask_BS: Tensor | None) -> Tensor | None:
+    """[B, 1, S, 1], true where a token is padding; None where none is."""
+    return None if mask_BS is None else ~mask_BS.bool()[:, None, :, None]
+
+
+def flat_tile(x_BRSD: Tensor, tile: tuple[slice, slice], padding_B1S1: Tensor | None) -> Tensor:
+    """[N, S, D]: a tile's rows and heads in one dimension, padding zero. Not copied where it need not be."""
+    x = x_BRSD[tile]
+    return (x if padding_B1S1 is None else x.masked_fill(padding_B1S1[tile[0]], 0)).flatten(0, 1)
+
+
 @contextmanager
 def exact_products(device_type: str) -> Iterator[None]:
     """Products at the precision of their operands: no autocast, no TF32 or bfloat16 inside float32."""

@@ -8,20 +8,27 @@ A *term* is one summand of the loss, under one key:
     relation/qq, .../kk, .../vv     MiniLMv2's self-attention relations, of one layer
     prediction                      divergence of the masked-language-model predictions
 
-Every term is a sum over valid elements, divided by a global count (``denominators``); ``trainer.losses`` has
-the maths. Letters: B rows, M student layers, E hidden dim, R heads that are compared.
+Every term is a sum over valid elements, divided by a global count (``denominators``). ``trainer.losses`` and
+the modules named ``..._loss`` have the maths. Letters: B rows, M student layers, E hidden dim, R heads that
+are compared, S sequence, D head dim.
 """
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
+from functools import partial
+from typing import TypeVar
 
 import torch
 from torch import Tensor
 
 from trainer.attention_loss import attention_error_sum, group_heads, grouped_scaling
-from trainer.capture import Captured, Need
+from trainer.capture import Captured, Need, Prediction
 from trainer.layout import Layout
-from trainer.losses import squared_error_sum
+from trainer.losses import cosine_distance_sum, squared_error_sum
+from trainer.prediction_loss import prediction_divergence_sum
+from trainer.relation_loss import relation_divergence_sum, relation_heads
+
+Kept = TypeVar("Kept", Tensor, Prediction)
 
 
 @dataclass(frozen=True)
@@ -117,19 +124,44 @@ def distil(student: Captured, teacher: Captured, layout: Layout, transfer: Trans
     for m, g in enumerate((0, *transfer.layer_map)):
         if (key := f"hidden/{m}" if m else "embedding") in wanted:
             sums[key] = squared_error_sum(_kept(student.hidden[m]), _kept(teacher.hidden[g]), layout.mask)
+        if (key := f"cosine/{m}") in wanted:
+            sums[key] = cosine_distance_sum(_kept(student.hidden[m]), _kept(teacher.hidden[g]), layout.mask)
         if (key := f"attention/{m}") in wanted:
             sums[key] = _attention(student, m, teacher, g, layout, transfer.attention_heads)
+    if (relation := transfer.relation) is not None:
+        sums |= _relations(student, teacher, layout, relation)
+    if "prediction" in wanted:
+        own, target = _kept(student.prediction), _kept(teacher.prediction)
+        sums["prediction"] = prediction_divergence_sum(own, target, transfer.temperature, layout.mask)
     return sums
 
 
 def _attention(student: Captured, m: int, teacher: Captured, g: int, layout: Layout, heads: int) -> Tensor:
     q_S, k_S, scaling_S = _grouped(student, m, heads)
     q_T, k_T, scaling_T = _grouped(teacher, g, heads)
-    if (documents := layout.documents) is None:
-        return attention_error_sum(q_S, k_S, q_T, k_T, scaling_S, scaling_T, layout.mask)
-    q_S, k_S, q_T, k_T = (documents.take(x) for x in (q_S, k_S, q_T, k_T))
-    sum_N = attention_error_sum(q_S, k_S, q_T, k_T, scaling_S, scaling_T, documents.mask_NL)
-    return documents.by_row(sum_N, len(layout.mask_BS))
+    error_sum = partial(attention_error_sum, scaling_S=scaling_S, scaling_T=scaling_T)
+    return _within_documents(error_sum, layout, q_S, k_S, q_T, k_T)
+
+
+def _relations(student: Captured, teacher: Captured, layout: Layout, relation: Relation) -> dict[str, Tensor]:
+    found = {}
+    for kind in ("queries", "keys", "values"):
+        x_S = _kept(getattr(student, kind)[relation.student_layer - 1])
+        x_T = _kept(getattr(teacher, kind)[relation.teacher_layer - 1])
+        split = (relation_heads(x, relation.heads) for x in (x_S, x_T))
+        found[f"relation/{kind[0] * 2}"] = _within_documents(relation_divergence_sum, layout, *split)
+    return found
+
+
+def _within_documents(loss: Callable[..., Tensor], layout: Layout, *tensors_BRSD: Tensor) -> Tensor:
+    """A loss over pairs of tokens, of rows or, where they are kept apart, of their documents: [B]."""
+    if layout.documents is None:
+        return loss(*tensors_BRSD, mask_BS=layout.mask)
+    by_row = [
+        some.by_row(loss(*(some.take(x) for x in tensors_BRSD), mask_BS=some.mask), len(layout.mask_BS))
+        for some in layout.documents
+    ]
+    return torch.stack(by_row).sum(dim=0)
 
 
 def _grouped(captured: Captured, layer: int, heads: int) -> tuple[Tensor, Tensor, float]:
@@ -139,7 +171,7 @@ def _grouped(captured: Captured, layer: int, heads: int) -> tuple[Tensor, Tensor
     return group_heads(query, heads), group_heads(key, heads), scaling
 
 
-def _kept(x: Tensor | None) -> Tensor:
+def _kept(x: Kept | None) -> Kept:
     assert x is not None, "the capture left out a layer that the loss needs"
     return x
 

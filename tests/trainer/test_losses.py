@@ -7,10 +7,7 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from trainer.attention_loss import attention_error_sum, common_heads, group_heads, grouped_scaling
-from trainer.capture import Captured, Need
-from trainer.layout import Layout, row_counts
-from trainer.losses import soft_cross_entropy_sum, squared_error_sum
-from trainer.transfer import Transfer, denominators, distil, student_need, teacher_need, total, weights
+from trainer.losses import cosine_distance_sum, soft_cross_entropy_sum, squared_error_sum
 
 both_methods = pytest.mark.parametrize("method", ["gram", "direct"])
 
@@ -34,6 +31,14 @@ def test_squared_error_by_hand():
     assert squared_error_sum(student, teacher, mask).tolist() == [14.0, 8.0]
 
 
+def test_cosine_distance_by_hand():
+    student = torch.tensor([[[3.0, 4.0], [1.0, 0.0]], [[2.0, 0.0], [9.0, 9.0]]])
+    teacher = torch.tensor([[[4.0, 3.0], [0.0, 5.0]], [[-1.0, 0.0], [0.0, 0.0]]])
+    mask = torch.tensor([[1, 1], [1, 0]])
+    # cosines 24/25 and 0, then -1; the last token is padding.
+    assert cosine_distance_sum(student, teacher, mask).tolist() == pytest.approx([0.04 + 1, 2], abs=1e-6)
+
+
 @both_methods
 def test_attention_error_by_hand(method):
     # One row, one head, two valid tokens and one of padding that must not count, with D_S = 1 and D_T = 2.
@@ -55,29 +60,6 @@ def test_soft_cross_entropy_by_hand():
     assert soft_cross_entropy_sum(student, teacher, 2.0).item() == pytest.approx(first + second, rel=1e-6)
     masked = soft_cross_entropy_sum(student, teacher, 2.0, mask=torch.tensor([1, 0]))
     assert masked.item() == pytest.approx(first, rel=1e-6)
-
-
-def test_counts_by_hand():
-    counts_B2 = row_counts(torch.zeros(3, 5), torch.tensor([3, 1, 4]))
-    assert counts_B2.tolist() == [[3, 9], [1, 1], [4, 16]] and counts_B2.dtype == torch.int64
-
-
-def test_total_by_hand():
-    transfer = Transfer(
-        (2, 4), attention_heads=3, embedding=2.0, hidden=1.0, attention=0.5, layers=(1.0, 3.0)
-    )
-    # 10 tokens of width 5: 50 elements; 3 heads on 20 pairs: 60 elements.
-    sums = {
-        "embedding": 100.0,  # 2 * 100 / 50 = 4
-        "hidden/1": 25.0,  # 1 * 1 * 25 / 50 = 0.5
-        "attention/1": 120.0,  # 0.5 * 1 * 120 / 60 = 1
-        "hidden/2": 50.0,  # 1 * 3 * 50 / 50 = 3
-        "attention/2": 60.0,  # 0.5 * 3 * 60 / 60 = 1.5
-    }
-    counts = denominators(transfer, tokens=10, pairs=20, teacher_hidden_size=5)
-    assert list(counts) == list(weights(transfer)) == list(sums)
-    tensors = {key: torch.tensor(value) for key, value in sums.items()}
-    assert total(tensors, counts, weights(transfer)).item() == pytest.approx(10.0)
 
 
 # Heads
@@ -118,47 +100,6 @@ def test_grouped_scaling_is_that_of_the_concatenated_dims():
     assert grouped_scaling(64**-0.5, heads=12, attention_heads=4) == pytest.approx(192**-0.5)
 
 
-# A float64 loop over rows, heads, tokens
-
-
-def reference_error(q_S, k_S, q_T, k_T, scaling_S, scaling_T, lengths):
-    """The definition, one score at a time. Relation heads are formed from their heads' raw scores."""
-    heads = math.gcd(q_S.shape[1], q_T.shape[1])
-
-    def score(q, k, scaling, row, head, i, j):
-        group = q.shape[1] // heads
-        raw = sum(
-            float(q[row, h, i, d]) * float(k[row, h, j, d])
-            for h in range(head * group, (head + 1) * group)
-            for d in range(q.shape[3])
-        )
-        return raw * scaling / math.sqrt(group)
-
-    return sum(
-        (score(q_S, k_S, scaling_S, row, head, i, j) - score(q_T, k_T, scaling_T, row, head, i, j)) ** 2
-        for row, length in enumerate(lengths)
-        for head in range(heads)
-        for i in range(length)
-        for j in range(length)
-    )
-
-
-@pytest.mark.parametrize("heads_S, heads_T", [(3, 3), (2, 4), (4, 6), (1, 3)])
-@pytest.mark.parametrize("dim_S, dim_T", [(3, 3), (2, 5), (5, 2)])
-def test_distilled_attention_equals_the_loop(heads_S, heads_T, dim_S, dim_T):
-    lengths, seq_len = [4, 2, 0], 5
-    q_S, k_S = normal(3, heads_S, seq_len, dim_S, seed=1), normal(3, heads_S, seq_len, dim_S, seed=2)
-    q_T, k_T = normal(3, heads_T, seq_len, dim_T, seed=3), normal(3, heads_T, seq_len, dim_T, seed=4)
-    transfer = Transfer((1,), common_heads(heads_S, heads_T), 0.0, 0.0, 1.0, (1.0,))
-    student = Captured([None, None], [q_S], [k_S], [None], [dim_S**-0.5])
-    teacher = Captured([None, None], [q_T], [k_T], [None], [dim_T**-0.5])
-    sums = distil(student, teacher, Layout(lengths_to_mask(lengths, seq_len), full=False), transfer)
-    expected = reference_error(q_S, k_S, q_T, k_T, dim_S**-0.5, dim_T**-0.5, lengths)
-    assert list(sums) == ["attention/1"]
-    assert sums["attention/1"].sum().item() == pytest.approx(expected, rel=1e-12)
-    assert sums["attention/1"].shape == (3,) and sums["attention/1"][2] == 0
-
-
 # The two methods and their gradients
 
 
@@ -193,6 +134,36 @@ def test_gradients_equal_autograd_of_the_definition(method):
 
 
 @both_methods
+@pytest.mark.parametrize("elements", [2**19, 200, 49, 20, 1])  # all, some rows, a head, some queries, one
+def test_tiles_change_nothing(method, elements, monkeypatch):
+    tensors, mask = random_attention(), lengths_to_mask([7, 4, 0], 7)
+    expected = loss_and_gradients(tensors, mask, method)
+    monkeypatch.setattr("trainer.attention_loss.scratch_elements", lambda device: elements)
+    for x, y in zip(loss_and_gradients(tensors, mask, method), expected, strict=True):
+        torch.testing.assert_close(x, y, rtol=1e-12, atol=1e-13)
+
+
+@both_methods
+def test_no_mask_is_a_mask_of_full_rows(method):
+    tensors = random_attention()
+    expected = loss_and_gradients(tensors, torch.ones(3, 7), method)
+    for x, y in zip(loss_and_gradients(tensors, None, method), expected, strict=True):
+        assert torch.equal(x, y)
+
+
+@both_methods
+def test_memory_layout_changes_nothing_and_gradients_keep_it(method):
+    """Encoders hand over [B, S, H, D] transposed; their gradient is wanted laid out alike."""
+    tensors = random_attention()
+    expected = loss_and_gradients(tensors, None, method)
+    transposed = [x.transpose(1, 2).contiguous().transpose(1, 2) for x in tensors]
+    found = loss_and_gradients(transposed, None, method)
+    for x, y in zip(found, expected, strict=True):
+        torch.testing.assert_close(x, y, rtol=1e-12, atol=1e-13)
+    assert found[1].stride() == transposed[0].stride()
+
+
+@both_methods
 @pytest.mark.parametrize("frozen", [None, 0, 1])
 def test_gradcheck(method, frozen):
     tensors, mask = random_attention(seq_len=4), lengths_to_mask([4, 3, 1], 4)
@@ -202,9 +173,36 @@ def test_gradcheck(method, frozen):
     )
 
 
+@pytest.mark.parametrize("loss", [squared_error_sum, cosine_distance_sum])
+@pytest.mark.parametrize("elements", [2**19, 12, 1])  # all rows at a time, or one
+@pytest.mark.parametrize("padding", [0.0, math.nan])
+def test_losses_of_tokens_equal_autograd_of_their_definition(loss, elements, padding, monkeypatch):
+    monkeypatch.setattr("trainer.losses.scratch_elements", lambda device: elements)
+    x, y, mask = (
+        normal(3, 5, 4, seed=1).requires_grad_(),
+        normal(3, 5, 4, seed=2),
+        lengths_to_mask([5, 2, 0], 5),
+    )
+    per_token = {
+        squared_error_sum: (x - y).square().sum(dim=-1),
+        cosine_distance_sum: 1 - torch.cosine_similarity(x, y, dim=-1),
+    }[loss]
+    rows_B = torch.tensor([1.0, -2.0, 3.0], dtype=torch.float64)  # rows need not count alike
+    for valid, padded_mask in ((mask, mask), (torch.ones_like(mask), None)):
+        expected = (per_token * valid).sum(dim=1)
+        (gradient,) = torch.autograd.grad(expected @ rows_B, x, retain_graph=True)
+        held_x, held_y = (t.detach().where(valid[..., None], padding) for t in (x, y))
+        found = loss(held_x.requires_grad_(), held_y.requires_grad_(), padded_mask)
+        (found @ rows_B).backward()
+        torch.testing.assert_close(found, expected, rtol=1e-12, atol=0)
+        torch.testing.assert_close(held_x.grad, gradient, rtol=1e-12, atol=1e-14)
+        assert held_y.grad is None  # the teacher's
+
+
 def test_gradcheck_of_the_other_losses():
     x, y, mask = normal(2, 3, 4, seed=1).requires_grad_(), normal(2, 3, 4, seed=2), lengths_to_mask([3, 1], 3)
     assert torch.autograd.gradcheck(lambda x: squared_error_sum(x, y, mask), (x,))
+    assert torch.autograd.gradcheck(lambda x: cosine_distance_sum(x, y, mask), (x,))
     assert torch.autograd.gradcheck(lambda x: soft_cross_entropy_sum(x, y, 1.5, mask), (x,))
 
 
@@ -231,14 +229,27 @@ class LargestTensor(TorchDispatchMode):
         return out
 
 
-def test_nothing_of_the_size_of_attention_exists_and_little_is_kept():
+@both_methods
+def test_teacher_tensors_of_inference_mode(method):
+    tensors = random_attention()
+    with torch.inference_mode():
+        tensors[2:] = [x.clone() for x in tensors[2:]]
+        hidden = normal(2, 3, 4, seed=2)
+    loss_and_gradients(tensors, None, method)
+    for loss in (squared_error_sum, cosine_distance_sum):
+        loss(normal(2, 3, 4, seed=1).requires_grad_(), hidden, None).sum().backward()
+
+
+@both_methods
+def test_nothing_of_the_size_of_attention_exists_and_little_is_kept(method, monkeypatch):
+    monkeypatch.setattr("trainer.attention_loss.scratch_elements", lambda device: 1000)
     rows, heads, seq_len, dim_S, dim_T = 2, 2, 100, 3, 5
     tensors = random_attention(dim_S, dim_T, seq_len, heads, rows=rows, dtype=torch.float32)
     kept = []
     with LargestTensor() as largest, torch.autograd.graph.saved_tensors_hooks(kept.append, lambda x: x):
         q_S, k_S = (x.requires_grad_() for x in tensors[:2])
-        loss = attention_error_sum(q_S, k_S, *tensors[2:], 0.6, 0.4, torch.ones(rows, seq_len), "gram")
-    assert largest.elements == rows * heads * seq_len * dim_T  # the teacher's own
+        loss = attention_error_sum(q_S, k_S, *tensors[2:], 0.6, 0.4, torch.ones(rows, seq_len), method)
+    assert largest.elements <= tensors[2].numel()  # against rows * heads * seq_len * seq_len
     student_sized = rows * heads * seq_len * dim_S
     assert sum(x.numel() for x in kept if x.is_floating_point()) == 2 * student_sized
     assert loss.requires_grad
@@ -248,113 +259,3 @@ def test_the_teacher_gets_no_gradient():
     tensors = [x.requires_grad_() for x in random_attention()]
     attention_error_sum(*tensors, 0.6, 0.4, torch.ones(3, 7)).sum().backward()
     assert [x.grad is not None for x in tensors] == [True, True, False, False]
-
-
-# Padding and micro batches: the same sums and gradients however rows are laid out
-
-LENGTHS, WIDTH, HEADS = [6, 3, 5, 1], 8, 2
-TRANSFER = Transfer((2, 2, 3), 2, embedding=0.5, hidden=1.0, attention=2.0, layers=(1.0, 0.0, 3.0))
-
-
-def models(seq_len, padding=0.0):
-    """A student of 3 layers and a teacher of 3; the padded positions hold ``padding``."""
-    mask = lengths_to_mask(LENGTHS, seq_len)
-
-    def tensor(shape, seed):
-        x = torch.full((len(LENGTHS), *shape[:-1], seq_len, shape[-1]), padding, dtype=torch.float64)
-        x[..., : max(LENGTHS), :] = normal(len(LENGTHS), *shape[:-1], max(LENGTHS), shape[-1], seed=seed)
-        valid = mask.view(len(LENGTHS), *[1] * (len(shape) - 1), seq_len, 1)
-        return x.where(valid, padding).requires_grad_()
-
-    def model(seed, head_dim):
-        return Captured(
-            [tensor((WIDTH,), seed + m) for m in range(4)],
-            [tensor((HEADS, head_dim), seed + 10 + m) for m in range(3)],
-            [tensor((HEADS, head_dim), seed + 20 + m) for m in range(3)],
-            [None] * 3,
-            [head_dim**-0.5] * 3,
-        )
-
-    return model(100, 3), model(200, 4), mask
-
-
-def part(captured, rows):
-    return Captured(
-        *([x[rows] for x in field] for field in (captured.hidden, captured.queries, captured.keys)),
-        captured.values,
-        captured.scalings,
-    )
-
-
-def step(seq_len, padding=0.0, micro_batches=(slice(None),)):
-    """Sums of the global batch, and gradients of the total with global denominators, accumulated."""
-    student, teacher, mask = models(seq_len, padding)
-    tokens, pairs = row_counts(torch.zeros(4, seq_len), torch.tensor(LENGTHS)).sum(dim=0).tolist()
-    counts = denominators(TRANSFER, tokens, pairs, WIDTH)
-    sums = dict.fromkeys(weights(TRANSFER), 0.0)
-    for rows in micro_batches:
-        part_sums = distil(part(student, rows), part(teacher, rows), Layout(mask[rows], full=False), TRANSFER)
-        total(part_sums, counts, weights(TRANSFER)).backward()
-        sums = {key: sums[key] + part_sums[key].sum().item() for key in sums}
-    inputs = student.hidden + student.queries + student.keys
-    return sums, [x.grad[..., : max(LENGTHS), :] for x in inputs if x.grad is not None], inputs
-
-
-@pytest.mark.parametrize(
-    "layout",
-    [
-        {"seq_len": 20},
-        {"seq_len": 9, "padding": 1e3},
-        {"seq_len": 9, "padding": math.nan},  # what padded positions hold never matters
-        {"seq_len": 6, "micro_batches": [slice(0, 1), slice(1, 2), slice(2, 4)]},
-        {"seq_len": 11, "micro_batches": [slice(0, 3), slice(3, 4)]},
-    ],
-)
-def test_layout_changes_neither_sums_nor_gradients(layout):
-    sums, gradients, _ = step(max(LENGTHS))
-    other_sums, other_gradients, inputs = step(**layout)
-    assert sums.keys() == other_sums.keys()
-    for key in sums:
-        assert other_sums[key] == pytest.approx(sums[key], rel=1e-12), key
-    for gradient, other in zip(gradients, other_gradients, strict=True):
-        torch.testing.assert_close(other, gradient, rtol=1e-12, atol=1e-14)
-    for x in inputs:
-        if x.grad is not None:
-            assert not x.grad[..., max(LENGTHS) :, :].any()
-
-
-def test_the_total_is_the_mean_over_valid_elements():
-    student, teacher, mask = models(9)
-    tokens, pairs = sum(LENGTHS), sum(length**2 for length in LENGTHS)
-    expected = 0.5 * (student.hidden[0] - teacher.hidden[0])[mask].square().mean()
-    for m, g, layer_weight in ((1, 2, 1.0), (3, 3, 3.0)):  # layer 2 has weight 0
-        expected = expected + layer_weight * (student.hidden[m] - teacher.hidden[g])[mask].square().mean()
-        score_S = student.queries[m - 1] @ student.keys[m - 1].mT / math.sqrt(3)
-        score_T = teacher.queries[g - 1] @ teacher.keys[g - 1].mT / math.sqrt(4)
-        valid = (mask[:, :, None] & mask[:, None, :])[:, None].expand_as(score_S)
-        expected = expected + 2.0 * layer_weight * (score_S - score_T)[valid].square().mean()
-    counts = denominators(TRANSFER, tokens, pairs, WIDTH)
-    result = total(distil(student, teacher, Layout(mask, full=False), TRANSFER), counts, weights(TRANSFER))
-    torch.testing.assert_close(result, expected, rtol=1e-12, atol=0)
-
-
-# What is computed and what is needed
-
-
-def test_terms_of_weight_zero_are_not_computed():
-    student, teacher, mask = models(6)
-    hidden_only = Transfer((1, 2, 3), 2, embedding=0.0, hidden=1.0, attention=0.0, layers=(0.0, 1.0, 1.0))
-    student.hidden[:2], student.queries, student.keys = [None, None], [None] * 3, [None] * 3
-    assert list(distil(student, teacher, Layout(mask, full=False), hidden_only)) == ["hidden/2", "hidden/3"]
-    assert list(denominators(hidden_only, 4, 4, 4)) == ["hidden/2", "hidden/3"]
-    with pytest.raises(AssertionError, match="left out a layer"):
-        distil(student, teacher, Layout(mask, full=False), TRANSFER)
-
-
-def test_needed_layers_are_those_of_all_students():
-    only_attention = Transfer((3, 6, 9), 2, embedding=0.0, hidden=0.0, attention=1.0, layers=(1.0, 0.0, 1.0))
-    assert teacher_need([only_attention]) == Need(scores=frozenset({3, 9}))
-    assert teacher_need([TRANSFER]) == Need(frozenset({0, 2, 3}), frozenset({2, 3}))
-    assert teacher_need([only_attention, TRANSFER]) == Need(frozenset({0, 2, 3}), frozenset({2, 3, 9}))
-    assert teacher_need([]) == Need()
-    assert student_need(TRANSFER) == Need(frozenset({0, 1, 3}), frozenset({1, 3}))

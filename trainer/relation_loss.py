@@ -1,0 +1,86 @@
+"""MiniLMv2's relations between a layer's queries, keys or values, without relation matrices.
+
+Letters: B rows, S sequence, H heads, D head dim, R relation heads, N row-and-head pairs of a tile.
+Source: Wang et al. 2020, arXiv:2012.15828, section 3.1.
+"""
+
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+from trainer.numerics import blocks, exact_products, flat_tile, padding_of, scratch_elements, tiles
+
+_MASKED = -1e30  # a score that no probability is left of; finite, so that the difference of two of them is 0
+
+
+def relation_heads(x_BHSD: Tensor, heads: int) -> Tensor:
+    """[B, H, S, D] -> [B, R, S, H D / R]: all heads side by side, split anew into R."""
+    return x_BHSD.transpose(1, 2).flatten(2).unflatten(2, (heads, -1)).transpose(1, 2)
+
+
+def relation_divergence_sum(x_S: Tensor, x_T: Tensor, mask_BS: Tensor | None) -> Tensor:
+    """Sum over a row's relation heads and valid queries of KL(R_T || R_S), R = softmax(X X' / sqrt(D)): [B].
+
+    x_S, x_T: queries, keys or values of student and teacher, [B, R, S, D]; D may differ. mask_BS: true (or 1)
+    for valid tokens, None where every token is; the softmax runs over valid keys. The count is R * tokens.
+    Computed in float32 without TF32 (float64 for float64 inputs), in tiles of bounded size. The teacher's
+    tensor gets no gradient.
+    """
+    return _RelationDivergence.apply(x_S, x_T, mask_BS)
+
+
+class _RelationDivergence(torch.autograd.Function):
+    """A row's gradient is known up to a factor, so it is formed in the forward pass."""
+
+    @staticmethod
+    def forward(ctx: Any, x_S: Tensor, x_T: Tensor, mask_BS: Tensor | None) -> Tensor:
+        rows, heads, seq_len, _ = x_S.shape
+        wide = torch.promote_types(torch.promote_types(x_S.dtype, x_T.dtype), torch.float32)
+        padding_B1S1 = padding_of(mask_BS)
+        total_BR = torch.empty(rows, heads, dtype=wide, device=x_S.device)
+        gradient = torch.empty_like(x_S, dtype=wide)
+        with exact_products(x_S.device.type):
+            for tile in blocks(rows, heads, seq_len * seq_len, scratch_elements(x_S.device)):
+                own, target = (flat_tile(x, tile, padding_B1S1).to(wide) for x in (x_S, x_T))
+                padding_N1S = None
+                if padding_B1S1 is not None:
+                    padding_N1S = padding_B1S1[tile[0]].expand(-1, total_BR[tile].shape[1], -1, -1)
+                    padding_N1S = padding_N1S.flatten(0, 1).mT
+                total_N, part = _divergence(own, target, padding_N1S)
+                total_BR[tile] = total_N.view_as(total_BR[tile])
+                gradient[tile] = part.view_as(gradient[tile])
+        ctx.save_for_backward(gradient)
+        return total_BR.sum(dim=1)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad_B: Tensor) -> tuple[Tensor | None, ...]:
+        return grad_B[:, None, None, None] * ctx.saved_tensors[0], None, None
+
+
+def _divergence(x_S: Tensor, x_T: Tensor, padding_N1S: Tensor | None) -> tuple[Tensor, Tensor]:
+    """[N], and its gradient [N, S, D]; some queries at a time.
+
+    With scores z = X X' / sqrt(D), the gradient for z is G = R_S - R_T, and for X it is (G + G') X / sqrt(D).
+    Padded tokens are zeros, whose relation to every valid token is the same in both models: as queries they
+    add exactly nothing.
+    """
+    (heads, seq_len, _), scale = x_S.shape, x_S.shape[2] ** -0.5
+    total, gradient = x_S.new_zeros(heads), torch.zeros_like(x_S)
+    for queries in tiles(seq_len, heads * seq_len, scratch_elements(x_S.device)):
+        log_S, log_T = (_log_relation(x, queries, padding_N1S) for x in (x_S, x_T))
+        relation_T = log_T.exp()
+        total += log_T.sub_(log_S).mul_(relation_T).sum(dim=(1, 2))
+        error = log_S.exp_().sub_(relation_T)
+        gradient[:, queries].baddbmm_(error, x_S, alpha=scale)
+        gradient.baddbmm_(error.mT, x_S[:, queries], alpha=scale)
+    return total, gradient
+
+
+def _log_relation(x: Tensor, queries: slice, padding_N1S: Tensor | None) -> Tensor:
+    score = torch.bmm(x[:, queries], x.mT).mul_(x.shape[2] ** -0.5)
+    if padding_N1S is not None:
+        score.masked_fill_(padding_N1S, _MASKED)
+    return torch.log_softmax(score, dim=2)
