@@ -41,6 +41,11 @@ class Documents:
         """[N] -> [B]: the sum over every row's documents."""
         return value_N.new_zeros(rows).index_add(0, self.row_N, value_N)
 
+    def to(self, device: torch.device) -> "Documents":
+        """The same documents on another device."""
+        index_NL, mask_NL = (x.to(device, non_blocking=True) for x in (self.index_NL, self.mask_NL))
+        return Documents(index_NL, mask_NL, self.row_N.to(device, non_blocking=True), self.full)
+
 
 @dataclass(frozen=True)
 class Layout:
@@ -63,13 +68,7 @@ class Layout:
         """The same layout on another device."""
         documents = self.documents
         if documents is not None:
-            documents = tuple(
-                Documents(
-                    *(x.to(device, non_blocking=True) for x in (some.index_NL, some.mask_NL, some.row_N)),
-                    some.full,
-                )
-                for some in documents
-            )
+            documents = tuple(some.to(device) for some in documents)
         return replace(self, mask_BS=self.mask_BS.to(device, non_blocking=True), documents=documents)
 
 
