@@ -64,7 +64,7 @@ def test_every_transfer_on_any_ranks_and_stage_and_resumed(
                 by=by,
             )
             assert done.returncode == 0, done.stderr
-        assert "resumed at step 2" in done.stderr
+        assert ("resumed at step 2" in done.stderr) == (len(parts) > 1)
         found[stage] = evaluations(output)
     terms = {"cosine/1", "cosine/2", "relation/qq", "relation/kk", "relation/vv", "prediction", "hidden/1"}
     first, last = (
