@@ -1,17 +1,26 @@
-"""The attention loss alone, forward and backward: the Gram form against direct scores.
+"""The attention loss alone, forward and backward: time and memory of its forms.
 
     python benchmarks/attention_loss.py [--json PATH] [--quick]
 
-Three ways to the same number, of one layer of 12 heads in float32, for the two published students of
-BERT-base (D_T = 64): 4x312 (D_S = 26) and 6x768 (D_S = 64). ``plain`` forms both score matrices and takes
-their masked MSE, as one would write it; ``direct`` and ``gram`` are the two methods of
-``trainer.losses.attention_error_sum``.
+One layer of 12 heads in float32, rows without padding, for the two published students of BERT-base (D_T =
+64): 4x312 (D_S = 26) and 6x768 (D_S = 64). Queries and keys lie in memory as an encoder leaves them.
 
-Floor, multiply-adds per head and direction: direct S^2 (D_S + D_T), Gram 2 S (D_S + D_T)^2; so the arithmetic
-is equal at S = 2 (D_S + D_T), 180 or 256, and Gram wins by S over that beyond, before memory traffic counts.
+``plain`` is the loss as one writes it down: two score matrices, a mask, a sum of squares; ``bare`` is that
+without the mask. ``direct`` and ``gram`` are the two forms of ``trainer.attention_loss.attention_error_sum``,
+and ``auto`` says which of them it takes.
+
+Memory is what a process of its own holds at its peak beyond the inputs: resident memory on CPU, where the
+process may take what the machine has left (``-``: that was too little), allocated memory on CUDA.
+
+Arithmetic, multiply-adds a head: direct S^2 (3 D_S + D_T), as plain; Gram S (4 D_S^2 + 4 D_S D_T + 2 D_T^2).
 """
 
+import ctypes
+import multiprocessing
+import resource
 import sys
+from collections.abc import Callable
+from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
@@ -20,57 +29,115 @@ import torch
 from torch import Tensor
 
 from benchmarks.harness import Report, interleaved_medians, parse_arguments
-from trainer.losses import attention_error_sum
+from trainer.attention_loss import attention_error_sum, faster_method
 
 HEADS, STUDENT_DIMS, TEACHER_DIM = 12, (26, 64), 64
-TOKENS = 2048  # rows x S stays the same, as it does in a real micro batch
+TOKENS = 2048  # rows x S stays the same, as it does in a real micro batch; one row where S is more
+CANDIDATES = ("plain", "bare", "direct", "gram")
 
 
-def plain_error_sum(q_S: Tensor, k_S: Tensor, q_T: Tensor, k_T: Tensor, mask_BS: Tensor) -> Tensor:
+def plain_error_sum(q_S: Tensor, k_S: Tensor, q_T: Tensor, k_T: Tensor, mask_BS: Tensor | None) -> Tensor:
     """The loss as one writes it down: two score matrices, a mask, a sum of squares."""
     scores_S = q_S @ k_S.mT * q_S.shape[-1] ** -0.5
     scores_T = q_T @ k_T.mT * q_T.shape[-1] ** -0.5
-    valid_B1SS = (mask_BS[:, :, None] & mask_BS[:, None, :])[:, None]
-    return (scores_S - scores_T).masked_fill(~valid_B1SS, 0).square().sum()
+    error = scores_S - scores_T
+    if mask_BS is not None:
+        error = error.masked_fill(~(mask_BS[:, :, None] & mask_BS[:, None, :])[:, None], 0)
+    return error.square().sum()
 
 
-def measure(seq_len: int, student_dim: int, repeats: int) -> dict[str, float]:
-    """Return the median seconds of each of the three at one length."""
+def calls(seq_len: int, student_dim: int) -> dict[str, Callable[[], object]]:
+    """Return every candidate's forward and backward pass on the same inputs."""
     device = "cuda" if torch.cuda.is_available() else "cpu"
     rows = max(1, TOKENS // seq_len)
     torch.manual_seed(0)
-    student = [torch.randn(rows, HEADS, seq_len, student_dim, device=device) for _ in range(2)]
-    teacher = [torch.randn(rows, HEADS, seq_len, TEACHER_DIM, device=device) for _ in range(2)]
-    leaves = [x.requires_grad_() for x in student]
+
+    def heads(dim: int) -> Tensor:
+        return torch.randn(rows, seq_len, HEADS, dim, device=device).transpose(1, 2)
+
+    leaves = [heads(student_dim).requires_grad_() for _ in range(2)]
+    teacher = [heads(TEACHER_DIM) for _ in range(2)]
     mask_BS = torch.ones(rows, seq_len, dtype=torch.bool, device=device)
     scalings = (student_dim**-0.5, TEACHER_DIM**-0.5)
 
-    def plain() -> None:
-        torch.autograd.grad(plain_error_sum(*student, *teacher, mask_BS), leaves)
+    def ours(method: str) -> object:
+        return torch.autograd.grad(
+            attention_error_sum(*leaves, *teacher, *scalings, None, method).sum(), leaves
+        )
 
-    def ours(method: str) -> None:
-        loss = attention_error_sum(*student, *teacher, *scalings, mask_BS, method)
-        torch.autograd.grad(loss, leaves)
+    return {
+        "plain": lambda: torch.autograd.grad(plain_error_sum(*leaves, *teacher, mask_BS), leaves),
+        "bare": lambda: torch.autograd.grad(plain_error_sum(*leaves, *teacher, None), leaves),
+        "direct": lambda: ours("direct"),
+        "gram": lambda: ours("gram"),
+    }
 
-    return interleaved_medians(
-        {"plain": plain, "direct": lambda: ours("direct"), "gram": lambda: ours("gram")}, repeats
+
+def peak_bytes(candidate: str, seq_len: int, student_dim: int) -> int | None:
+    """Return what a candidate takes beyond its inputs, in this process; None where there is not so much."""
+    call = calls(seq_len, student_dim)[candidate]
+    calls(8, student_dim)[candidate]()  # libraries take their workspace
+    if torch.cuda.is_available():
+        before = torch.cuda.memory_allocated()
+        torch.cuda.reset_peak_memory_stats()
+        call()
+        return torch.cuda.max_memory_allocated() - before
+    limit = _status_bytes("/proc/self/status", "VmSize") + _status_bytes("/proc/meminfo", "MemAvailable")
+    ctypes.CDLL(None).malloc_trim(0)  # what was freed before counts as free
+    resource.setrlimit(resource.RLIMIT_AS, (limit, limit))
+    Path("/proc/self/clear_refs").write_text("5", encoding="ascii")  # the peak starts anew
+    before = _status_bytes("/proc/self/status", "VmRSS")
+    try:
+        call()
+    except RuntimeError as error:
+        if "not enough memory" in str(error):
+            return None
+        raise
+    return _status_bytes("/proc/self/status", "VmHWM") - before
+
+
+def _status_bytes(path: str, key: str) -> int:
+    line = next(line for line in Path(path).read_text(encoding="ascii").splitlines() if line.startswith(key))
+    return int(line.split()[1]) * 1024
+
+
+def measure(seq_len: int, student_dim: int, repeats: int) -> dict[str, object]:
+    """Return one row of the table: MiB, then milliseconds per 2,048 tokens, of every candidate that fits."""
+    peaks = {}
+    for name in CANDIDATES:
+        # One process for each: what it held at its peak cannot be told from what an earlier one left behind.
+        with ProcessPoolExecutor(1, mp_context=multiprocessing.get_context("spawn")) as own_process:
+            peaks[name] = own_process.submit(peak_bytes, name, seq_len, student_dim).result()
+    every = calls(seq_len, student_dim)
+    taken_s = interleaved_medians(
+        {name: every[name] for name in CANDIDATES if peaks[name] is not None}, repeats
     )
+    per_tokens = 1e3 * TOKENS / max(TOKENS, seq_len)
+    auto = faster_method(seq_len, student_dim, TEACHER_DIM)
+    return {
+        "D_S": student_dim,
+        "S": seq_len,
+        **{f"{name} ms": per_tokens * taken_s[name] if name in taken_s else "-" for name in CANDIDATES},
+        "auto": auto,
+        "plain / auto": taken_s["plain"] / taken_s[auto] if "plain" in taken_s else "-",
+        **{f"{name} MiB": "-" if peaks[name] is None else peaks[name] / 2**20 for name in CANDIDATES},
+    }
 
 
 def main() -> None:
     """Measure every length and print the table."""
     arguments = parse_arguments(__doc__)
-    lengths = [128, 512] if arguments.quick else [128, 256, 512, 1024, 2048]
-    report = Report("attention loss, forward + backward, milliseconds per 2,048 tokens")
-    speed_up = {}
-    for student_dim in STUDENT_DIMS:
-        for seq_len in lengths:
-            taken_s = measure(seq_len, student_dim, repeats=3 if arguments.quick else 9)
-            speed_up[student_dim, seq_len] = ratio = taken_s["plain"] / taken_s["gram"]
-            milliseconds = {name: 1e3 * median_s for name, median_s in taken_s.items()}
-            report.add(D_S=student_dim, S=seq_len, **milliseconds, **{"plain / gram": ratio})
-    at_128, at_512 = speed_up[26, 128], speed_up[26, 512]
-    report.finish(f"4x312: gram runs at {at_128:.1f}x plain at S=128, {at_512:.1f}x at S=512", arguments.json)
+    report = Report("attention loss, forward + backward: ms per 2,048 tokens, peak MiB beyond the inputs")
+    for student_dim in STUDENT_DIMS[: 1 if arguments.quick else 2]:
+        for seq_len in (128, 512) if arguments.quick else (128, 256, 512, 1024, 2048, 8192):
+            repeats = 3 if arguments.quick or seq_len > 2048 else 9
+            report.add(**measure(seq_len, student_dim, repeats))
+    headline = []
+    for row in report.rows:
+        if row["D_S"] == STUDENT_DIMS[0] and row["S"] in (128, 512, 2048, 8192):
+            less = row["plain MiB"] / row[f"{row['auto']} MiB"] if row["plain MiB"] != "-" else float("inf")
+            headline.append(f"{row['plain / auto']:.1f}x at S={row['S']} ({less:.0f}x less memory)")
+    report.finish(f"4x312: auto runs at {', '.join(headline)} of plain", arguments.json)
 
 
 if __name__ == "__main__":

@@ -94,13 +94,14 @@ def attention_error_sum(
     ``auto`` takes ``gram`` where it has a tenth fewer.
     """
     if method == "auto":
-        method = _faster(q_S.shape[2], q_S.shape[3], q_T.shape[3])
+        method = faster_method(q_S.shape[2], q_S.shape[3], q_T.shape[3])
     if method not in ("gram", "direct"):
         raise ValueError(f"method={method!r} is none of auto, gram, direct")
     return _ScoreError.apply(q_S, k_S, q_T, k_T, scaling_S, scaling_T, mask_BS, method)
 
 
-def _faster(seq_len: int, dim_S: int, dim_T: int) -> str:
+def faster_method(seq_len: int, dim_S: int, dim_T: int) -> str:
+    """What ``auto`` takes for rows of so many tokens."""
     direct = seq_len * (3 * dim_S + dim_T)
     gram = 4 * dim_S * dim_S + 4 * dim_S * dim_T + 2 * dim_T * dim_T
     return "gram" if direct > 1.1 * gram else "direct"  # its small products run a tenth slower
@@ -130,7 +131,12 @@ class _ScoreError(torch.autograd.Function):
         narrow = min(x.dtype.itemsize for x in inputs) == 2
         on_tensor_cores = method == "gram" and q_S.is_cuda and narrow and len({x.dtype for x in inputs}) == 1
         unit = _IRREGULAR if narrow and not on_tensor_cores else 1.0
-        form, elements = (_direct, seq_len * seq_len) if method == "direct" else (_gram, 0)
+        limit = scratch_elements(q_S.device)
+        if method == "direct":
+            form, all_tiles = _direct, blocks(rows, heads, seq_len * seq_len, limit)
+        else:  # a row's heads together: products of one head are too small to be worth several threads
+            some_rows = tiles(rows, heads * seq_len * q_T.shape[3], limit)
+            form, all_tiles = _gram, ((tile, slice(0, heads)) for tile in some_rows)
         padding_B1S1 = padding_of(mask_BS)
 
         def load(x: Tensor, tile: tuple[slice, slice]) -> Tensor:
@@ -142,7 +148,7 @@ class _ScoreError(torch.autograd.Function):
         gradients = [torch.empty_like(x, dtype=wide) for x in inputs[:2]] if learns else []
         total_BR = torch.empty(rows, heads, dtype=wide, device=q_S.device)
         with exact_products(q_S.device.type):
-            for tile in blocks(rows, heads, elements, scratch_elements(q_S.device)):
+            for tile in all_tiles:
                 loaded = [load(x, tile) for x in inputs]
                 total_N, *parts = form(loaded, scaling_S / unit**2, scaling_T / unit**2, unit, learns)
                 total_BR[tile] = total_N.view_as(total_BR[tile])
