@@ -39,16 +39,16 @@ class _RelationDivergence(torch.autograd.Function):
         rows, heads, seq_len, _ = x_S.shape
         wide = torch.promote_types(torch.promote_types(x_S.dtype, x_T.dtype), torch.float32)
         padding_B1S1 = padding_of(mask_BS)
+        bias_B11S = torch.zeros(rows, 1, 1, seq_len, dtype=wide, device=x_S.device)
+        if padding_B1S1 is not None:
+            bias_B11S.masked_fill_(padding_B1S1.mT, _MASKED)
         total_BR = torch.empty(rows, heads, dtype=wide, device=x_S.device)
         gradient = torch.empty_like(x_S, dtype=wide)
         with exact_products(x_S.device.type):
             for tile in blocks(rows, heads, seq_len * seq_len, scratch_elements(x_S.device)):
                 own, target = (flat_tile(x, tile, padding_B1S1).to(wide) for x in (x_S, x_T))
-                padding_N1S = None
-                if padding_B1S1 is not None:
-                    padding_N1S = padding_B1S1[tile[0]].expand(-1, total_BR[tile].shape[1], -1, -1)
-                    padding_N1S = padding_N1S.flatten(0, 1).mT
-                total_N, part = _divergence(own, target, padding_N1S)
+                bias_N1S = bias_B11S[tile[0]].expand(-1, x_S[tile].shape[1], -1, -1).flatten(0, 1)
+                total_N, part = _divergence(own, target, bias_N1S)
                 total_BR[tile] = total_N.view_as(total_BR[tile])
                 gradient[tile] = part.view_as(gradient[tile])
         ctx.save_for_backward(gradient)
@@ -60,7 +60,7 @@ class _RelationDivergence(torch.autograd.Function):
         return grad_B[:, None, None, None] * ctx.saved_tensors[0], None, None
 
 
-def _divergence(x_S: Tensor, x_T: Tensor, padding_N1S: Tensor | None) -> tuple[Tensor, Tensor]:
+def _divergence(x_S: Tensor, x_T: Tensor, bias_N1S: Tensor) -> tuple[Tensor, Tensor]:
     """[N], and its gradient [N, S, D]; some queries at a time.
 
     With scores z = X X' / sqrt(D), the gradient for z is G = R_S - R_T, and for X it is (G + G') X / sqrt(D).
@@ -70,7 +70,7 @@ def _divergence(x_S: Tensor, x_T: Tensor, padding_N1S: Tensor | None) -> tuple[T
     (heads, seq_len, _), scale = x_S.shape, x_S.shape[2] ** -0.5
     total, gradient = x_S.new_zeros(heads), torch.zeros_like(x_S)
     for queries in tiles(seq_len, heads * seq_len, scratch_elements(x_S.device)):
-        log_S, log_T = (_log_relation(x, queries, padding_N1S) for x in (x_S, x_T))
+        log_S, log_T = (_log_relation(x, queries, bias_N1S) for x in (x_S, x_T))
         relation_T = log_T.exp()
         total += log_T.sub_(log_S).mul_(relation_T).sum(dim=(1, 2))
         error = log_S.exp_().sub_(relation_T)
@@ -79,8 +79,5 @@ def _divergence(x_S: Tensor, x_T: Tensor, padding_N1S: Tensor | None) -> tuple[T
     return total, gradient
 
 
-def _log_relation(x: Tensor, queries: slice, padding_N1S: Tensor | None) -> Tensor:
-    score = torch.bmm(x[:, queries], x.mT).mul_(x.shape[2] ** -0.5)
-    if padding_N1S is not None:
-        score.masked_fill_(padding_N1S, _MASKED)
-    return torch.log_softmax(score, dim=2)
+def _log_relation(x: Tensor, queries: slice, bias_N1S: Tensor) -> Tensor:
+    return torch.log_softmax(torch.baddbmm(bias_N1S, x[:, queries], x.mT, alpha=x.shape[2] ** -0.5), dim=2)
