@@ -32,6 +32,7 @@ setup(
         "tenacity>=9",
         "tokenizers>=0.20",
         "torch>=2.6",
+        "torchao>=0.15",  # a quantized teacher
         "tqdm>=4.66",
         "transformers>=5,<6",  # AttentionInterface and AttentionMaskInterface as of 5
         "webdataset>=1.0,<2",

@@ -1,1 +1,8 @@
 """What a run is: the schema, its loading and validation, and the YAML files people start from."""
+
+import logging
+
+# Every job imports this room first. transformers imports torchao where it finds it, whose build for CUDA
+# warns on machines without.
+for chatty in ("torchao", "torch.utils._pytree"):
+    logging.getLogger(chatty).setLevel(logging.ERROR)

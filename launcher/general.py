@@ -26,7 +26,7 @@ from transformers import PreTrainedConfig, PreTrainedModel
 
 from configs.deepspeed import derive
 from configs.load import ConfigError, load_config, to_dict, to_yaml
-from configs.schema import RunConfig, StudentConfig
+from configs.schema import Placement, RunConfig, StudentConfig
 from configs.validate import check_batch
 from launcher import provenance
 from launcher.reporting import Reporter, Tracked, duration
@@ -34,12 +34,13 @@ from sharding.corpora import Corpora, open_corpora
 from sharding.files import write_text
 from sharding.tokens import check_tokenizer
 from trainer import checkpoint as checkpoints
-from trainer import encoders, engine, shapes, world
+from trainer import encoders, engine, memory, shapes, world
 from trainer.checkpoint import Checkpoint, Progress
 from trainer.clock import Clock
 from trainer.export import export
 from trainer.flops import matrix_rate, student_row_flops, teacher_row_flops
 from trainer.loop import NonFiniteError, Run, Trainee, total_steps, train
+from trainer.memory import Memory
 from trainer.meter import CorpusMeter, SpeedMeter
 from trainer.models import build_student
 from trainer.profile import Profile
@@ -102,6 +103,9 @@ def distil(config: RunConfig, profile_steps: int | None = None) -> None:
     if config.train.deterministic:
         torch.use_deterministic_algorithms(True)
     corpora = check(config, place)
+    found, free = teacher_memory(config, place, corpora), memory.free_memory(place.device)
+    if problems := memory.check_fits(config.teacher, found, place, free):
+        raise ConfigError(problems)
     world.connect(place, os.environ, COLLECTIVE_TIMEOUT)
     engine.attach()
 
@@ -173,6 +177,14 @@ def check(config: RunConfig, place: World) -> Corpora:
         raise ConfigError(problems)
     assert corpora is not None
     return corpora
+
+
+def teacher_memory(config: RunConfig, place: World, corpora: Corpora) -> dict[Placement, Memory]:
+    """Return what every placement of the run's teacher takes."""
+    shape = encoders.load_teacher_config(config.teacher)
+    need = teacher_need([shapes.transfer(student, shape) for student in config.students])
+    seq_len = max(corpus.manifest.seq_len for corpus in corpora.corpora)
+    return memory.placements(config.teacher, shape, need, place, config.train.micro_batch_rows, seq_len)
 
 
 def newest_checkpoint(config: RunConfig, corpora: Corpora) -> Path | None:

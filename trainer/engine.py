@@ -82,17 +82,13 @@ def partition(
         folder: keep them in nameless files there, one per rank, that are mapped to memory (with ``offload``).
     """
     logger.setLevel(logging.WARNING)
-    sizes = [parameter.numel() for parameter in model.parameters() if parameter.dim() == 1]
-    largest = max(sum(p.numel() for p in m.parameters(recurse=False)) for m in model.modules())
-    zero: dict[str, Any] = {
-        "stage": 3,
-        "memory_efficient_linear": False,
-    }  # that one would replace torch's linear for all
+    largest = _largest_module(model)
+    longest_vector = max(parameter.numel() for parameter in model.parameters() if parameter.dim() == 1)
+    # DeepSpeed would replace torch's linear function, for everybody in this process.
+    zero: dict[str, Any] = {"stage": 3, "memory_efficient_linear": False}
     if offload:
-        zero["offload_param"] = {
-            "device": "cpu",
-            "pin_memory": world.device.type == "cuda" and folder is None,
-        }
+        pinned = world.device.type == "cuda" and folder is None
+        zero["offload_param"] = {"device": "cpu", "pin_memory": pinned}
     settings = {"train_micro_batch_size_per_gpu": 1, "zero_optimization": zero}
     for buffer in model.buffers():
         buffer.data = buffer.data.to(world.device)
@@ -107,11 +103,28 @@ def partition(
         model,
         timers=None,
         ds_config=settings,
-        prefetch_bucket_size=largest,
+        prefetch_bucket_size=largest // 2,
         max_live_parameters=2 * largest,
         max_reuse_distance=0,
-        param_persistence_threshold=max(sizes),
+        param_persistence_threshold=longest_vector,  # biases and norms stay
     )
+
+
+def live_elements(model: nn.Module) -> int:
+    """Return an upper bound of the elements that a partitioned model has gathered at a time on a device.
+
+    Biases and norms stay. To the parameters of the module that runs come the next ones, up to half of the
+    largest module's, and the one that goes beyond it.
+    """
+    sizes = sorted(parameter.numel() for parameter in model.parameters())
+    staying = sum(parameter.numel() for parameter in model.parameters() if parameter.dim() == 1)
+    largest = _largest_module(model)
+    return min(sum(sizes), staying + largest + largest // 2 + sizes[-1])
+
+
+def _largest_module(model: nn.Module) -> int:
+    """Elements of the module that has most of its own, not counting those within it."""
+    return max(sum(p.numel() for p in module.parameters(recurse=False)) for module in model.modules())
 
 
 def _move_to_files(model: nn.Module, path: Path) -> None:

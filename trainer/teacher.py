@@ -100,18 +100,18 @@ def _read(
     model = load_encoder(config.model, head=need.prediction, revision=config.revision, dtype=dtype)
     enable_capture(model)
     check_supported(model)
-    return model, _frozen(model, need)
+    return model, freeze(model, need)
 
 
 def _empty(config: TeacherConfig, need: Need) -> PreTrainedModel:
     """The same model without its weights."""
     model = empty_encoder(load_teacher_config(config), head=need.prediction)
-    _frozen(model, need)
+    freeze(model, need)
     return model
 
 
-def _frozen(model: PreTrainedModel, need: Need) -> nn.ModuleList:
-    """Make an encoder a teacher, and return its layers."""
+def freeze(model: PreTrainedModel, need: Need) -> nn.ModuleList:
+    """Make an encoder a teacher that goes as far as is needed, in place; return the layers that are left."""
     layers = layers_of(model)
     depth = need.depth(len(layers))
     if depth < len(layers):

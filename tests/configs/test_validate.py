@@ -74,6 +74,11 @@ RULES = [
     ("checkpoint.every_steps", 0, "checkpoint.every_steps=0 must be at least 1"),
     ("checkpoint.keep_last", 0, "checkpoint.keep_last=0 must be at least 1"),
     ("log.every_steps", 0, "log.every_steps=0 must be at least 1"),
+    (
+        "teacher.offload_folder",
+        "nvme",
+        "teacher.offload_folder='nvme' goes with teacher.placement=offload, not",
+    ),
     ("deepspeed.zero_stage", 4, "deepspeed.zero_stage=4 must be 0, 1, 2 or 3"),
     (
         "deepspeed.extra",
@@ -115,6 +120,41 @@ def test_a_broken_rule_is_said_once(key, value, said):
     assign(config, key, value)
     found = check_run(config)
     assert len(found) == 1 and said in found[0], found
+
+
+@pytest.mark.parametrize(
+    "settings, said",
+    [
+        (
+            {"quantization": "fp8", "precision": "fp32"},
+            "teacher.quantization=fp8 needs teacher.precision=bf16, not fp32",
+        ),
+        (
+            {"quantization": "int8", "placement": "zero3"},
+            "teacher.quantization=int8 needs teacher.placement=replicated, not zero3",
+        ),
+        (
+            {"compile": True, "placement": "offload"},
+            "teacher.compile=true needs teacher.placement=replicated, not offload",
+        ),
+    ],
+)
+def test_what_a_teacher_cannot_be_at_a_time(settings, said):
+    config = valid_run()
+    for key, value in settings.items():
+        assign(config, f"teacher.{key}", value if value is True else enum(config, f"teacher.{key}", value))
+    (problem,) = check_run(config)
+    assert problem.startswith(said)
+
+
+def test_what_a_teacher_can_be_at_a_time():
+    config = valid_run()
+    config.teacher.compile = True
+    config.teacher.quantization = enum(config, "teacher.quantization", "fp8")
+    assert check_run(config) == []
+    config.teacher = TeacherConfig("big", placement=enum(config, "teacher.placement", "offload"))
+    config.teacher.offload_folder = "nvme"
+    assert check_run(config) == []
 
 
 def test_the_corpora_of_a_mixture():

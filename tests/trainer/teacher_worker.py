@@ -48,6 +48,10 @@ def run_case(case: dict[str, Any], place: world.World) -> dict[str, Any]:
         need,
         place,
     )
+    live: list[int] = []  # elements that are gathered when a module begins
+    parameters = list(own.model.parameters())
+    for module in own.model.modules():
+        module.register_forward_pre_hook(lambda *_: live.append(sum(p.numel() for p in parameters)))
     differing, grads = 0, 0
     for inputs in batches(place.rank):
         expected, found = tensors(whole(inputs)), tensors(own(inputs))
@@ -61,6 +65,7 @@ def run_case(case: dict[str, Any], place: world.World) -> dict[str, Any]:
         "elements": {name: value.ds_numel for name, value in own.model.named_parameters()},
         "partition_bytes": sum(x.numel() * x.element_size() for x in held.values()),
         "whole_between_passes": [n for n, p in own.model.named_parameters() if p.numel()],
+        "live_bytes": max(live) * parameters[0].element_size(),
         "linear_is_torchs": torch.nn.functional.linear is linear,
         "whole_bytes": sum(x.numel() * x.element_size() for x in whole.model.parameters()),
         "left_in_folder": os.listdir(case["folder"]) if case["folder"] else [],

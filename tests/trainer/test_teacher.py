@@ -13,12 +13,13 @@ from safetensors.torch import load_file
 from torch.utils.flop_counter import FlopCounterMode
 from transformers import AutoModelForMaskedLM, MPNetConfig, MPNetModel
 
-from configs.schema import Precision, Quantization, TeacherConfig
+from configs.schema import Placement, Precision, Quantization, TeacherConfig
 from tests.trainer.teacher_worker import tensors
 from tests.trainer.tiny import ARCHITECTURES, LAYERS, WIDTH, rows, tiny_config, tiny_encoder
 from trainer.capture import Need, capture, enable_capture
 from trainer.encoders import load_whole_teacher
 from trainer.layout import Layout
+from trainer.memory import placements
 from trainer.models import Inputs, attention_mask
 from trainer.teacher import check_machine, load_teacher
 from trainer.world import World
@@ -272,3 +273,22 @@ def test_a_partitioned_teacher_is_held_in_parts(results, name):
         assert set(rank["whole_between_passes"]) <= {name for name, n in rank["elements"].items() if n <= 232}
         assert rank["partition_bytes"] == pytest.approx(rank["whole_bytes"] / 2, rel=1e-3)
         assert rank["left_in_folder"] == []
+
+
+@pytest.mark.network_of_ranks
+def test_what_placements_take_is_what_was_said_before(results):
+    """Partitions to the byte; what is gathered at a time is below its bound, and not far."""
+    need = Need(frozenset({0, 2}), frozenset({1, 3}), frozenset({1}))
+    place = World(rank=0, size=2, local_rank=0, local_size=2, device=CPU)
+    for name in PLACEMENTS[: 2 * len(ARCHITECTURES)]:
+        architecture, placement, precision = name.split()
+        config = TeacherConfig(precision=Precision(precision), placement=Placement(placement))
+        shape = tiny_config(architecture)
+        found = placements(config, shape, need, place, rows=4, seq_len=16)
+        own, whole = found[config.placement], found[Placement.replicated]
+        for rank in results[name]:
+            assert whole.parameters == rank["whole_bytes"]
+            partitions = own.host // 2 or own.parameters - found[Placement.offload].parameters
+            assert partitions == rank["partition_bytes"]
+            live = found[Placement.offload].parameters
+            assert live / 2 < rank["live_bytes"] <= live < whole.parameters
