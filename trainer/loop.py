@@ -117,7 +117,7 @@ def train(run: Run, listener: Listener) -> None:
     for batch in run.speed.timed(_batches(run)):
         if config.data.damaged is Damaged.quarantine:
             batch = mask_damaged(batch, progress, run.world)
-        tokens = _accumulate_gradients(run, batch)
+        tokens = accumulate_gradients(run, batch)
         for trainee in run.active:
             rate = trainee.config.optimizer.lr * _multiplier(trainee, progress.step, end)
             with clock.part(f"{trainee.config.name}/optimizer"):
@@ -136,7 +136,7 @@ def train(run: Run, listener: Listener) -> None:
             listener.save(progress)
 
 
-def _accumulate_gradients(run: Run, batch: Batch) -> int:
+def accumulate_gradients(run: Run, batch: Batch) -> int:
     """Run the teacher and every student over one global step's rows; return its number of valid tokens.
 
     Every loss is divided by the counts of the whole global step, which are known before the first micro
