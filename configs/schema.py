@@ -50,6 +50,7 @@ class Quantization(Enum):
     """Number format of the matrix products in the teacher's layers, where it is not its precision."""
 
     none = "none"
+    """That precision throughout."""
     int8 = "int8"
     """Weights by output channel, activations by token as they come. Any device."""
     fp8 = "fp8"
