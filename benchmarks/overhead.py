@@ -4,9 +4,9 @@
     torchrun --nproc_per_node 2 benchmarks/overhead.py
 
 BERT-base of random weights in bfloat16 to 4x312 in float32 without attention dropout; 256 rows of 128 tokens
-a rank, in micro batches of 32, read from a corpus by one reader process. ``bare`` is the same loop, losses and
-AdamW on the plain module; on several ranks it adds all gradients up with one all-reduce. DeepSpeed runs at
-ZeRO 0 and 1 and reduces gradients in ``backward`` of the last micro batch or in ``optimizer``.
+a rank, in micro batches of 32, read from a corpus by one reader process. ``bare`` is the same loop, losses
+and AdamW on the plain module; on several ranks it adds all gradients up with one all-reduce. DeepSpeed runs
+at ZeRO 0 and 1 and reduces gradients in ``backward`` of the last micro batch or in ``optimizer``.
 """
 
 import sys

@@ -3,8 +3,8 @@
     python benchmarks/students.py [--json PATH] [--quick] [--tokens N] [--repeats N]
 
 BERT-base of random weights in bfloat16, students in float32, DeepSpeed at ZeRO 1, one optimizer step of one
-micro batch of rows of 128 tokens, attention dropout off (on CPU it makes students slower). ``each further`` is
-what one student costs more than in the row above, in steps of one student.
+micro batch of rows of 128 tokens, attention dropout off (on CPU it makes students slower). ``each further``
+is what one student costs more than in the row above, in steps of one student.
 """
 
 import sys

@@ -72,7 +72,7 @@ class NonFinite(Enum):
     """What happens when a student's loss or gradient norm is NaN or infinite on any rank."""
 
     stop = "stop"
-    """End with an error; the newest checkpoint is from before that step."""
+    """The student has failed: it is retired and the others go on; the last one ends the run with an error."""
     skip = "skip"
     """Leave the weights as they were, count the step, go on with the next rows."""
 
@@ -273,7 +273,7 @@ class TrainConfig:
     non_finite: NonFinite = NonFinite.stop
     """Policy for a NaN or infinite loss or gradient norm."""
     max_skipped_steps: int = 10
-    """With ``non_finite: skip``: consecutive skipped steps after which the run stops all the same."""
+    """With ``non_finite: skip``: consecutive skipped steps after which a student has failed all the same."""
     deterministic: bool = False
     """Ask torch for deterministic kernels (slower on GPU; CPU float32 is deterministic anyway)."""
     threads: int | None = None

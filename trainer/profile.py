@@ -63,15 +63,14 @@ class Profile:
             return
         split_s = {part: (after_s[part] - self._before_s.get(part, 0.0)) / steps for part in after_s}
         partial = self._path.with_name(f".{self._path.name}")  # its suffix says that it is compressed
+        where = f"trace in {self._path}"
         try:
             self._path.parent.mkdir(parents=True, exist_ok=True)
             profiler.export_chrome_trace(str(partial))
             partial.rename(self._path)
         except OSError as error:
-            self._tell(f"the profile could not be written: {error}; the run goes on")
-        self._tell(
-            f"profile of {steps} steps, trace in {self._path}\n{self._table(profiler, steps, split_s)}"
-        )
+            where = f"whose trace could not be written: {error}"
+        self._tell(f"profile of {steps} steps, {where}\n{self._table(profiler, steps, split_s)}")
 
     def _table(self, profiler: profile, steps: int, split_s: dict[str, float]) -> str:
         on_device = self._world.device.type == "cuda"
