@@ -61,7 +61,7 @@ def main() -> None:
     parser.add_argument("--repeats", type=int, default=5)
     arguments = parser.parse_args()
     device = torch.device("cuda", 0) if torch.cuda.is_available() else torch.device("cpu")
-    rows = arguments.rows or (256 if device.type == "cuda" else 32)
+    rows = arguments.rows or (256 if device.type == "cuda" else 16)
     repeats = 1 if arguments.quick else arguments.repeats
     report, headlines = Report("the teacher's pass: BERT-base, uniform map to 4 layers"), []
     with tempfile.TemporaryDirectory() as folder:
