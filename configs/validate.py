@@ -37,6 +37,11 @@ def check_run(config: RunConfig) -> list[str]:
             problems.append(f"students: the name {name!r} is used {count} times; give each its own")
     for index, student in enumerate(config.students):
         problems += _check_student(f"students.{index}", student)
+        if student.compile and config.deepspeed.zero_stage == 3:
+            problems.append(
+                f"students.{index}.compile=true needs deepspeed.zero_stage 0, 1 or 2, not 3: parameters come "
+                "and go between layers"
+            )
     return problems
 
 

@@ -148,7 +148,7 @@ def check(config: RunConfig, place: World) -> Corpora:
         ConfigError: all problems together.
     """
     problems = check_batch(config.train.global_batch_rows, config.train.micro_batch_rows, place.size)
-    problems += check_machine(config.teacher, place.device)
+    problems += check_machine(config, place.device)
     corpora = teacher_config = None
     try:
         corpora = open_corpora(config.data)

@@ -190,6 +190,15 @@ def layers_of(model: PreTrainedModel) -> nn.ModuleList:
     )
 
 
+def compile_layers(layers: nn.ModuleList) -> None:
+    """Compile an encoder's layers for the shapes they meet; attention itself, which is recorded, is left out.
+
+    Layer by layer, one compilation serves all of them, and hooks see what goes in and out.
+    """
+    for layer in layers:
+        layer.forward = torch.compile(layer.forward, dynamic=False)
+
+
 def shorten(model: PreTrainedModel, depth: int) -> None:
     """Take the layers after the first ``depth`` out of an encoder that was given to ``enable_capture``.
 

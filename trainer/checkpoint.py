@@ -146,7 +146,7 @@ def check_same_run(path: Path, config: dict[str, Any], fingerprint: str, resumed
         now, then = _at(config, key), _at(resumed.config, key)
         if now != then:
             problems.append(f"{key}={now!r}, the run has {then!r}")
-    free = {"optimizer", "init"}
+    free = {"optimizer", "init", "compile"}
     for number, (now, then) in enumerate(_pairs(config["students"], resumed.config["students"])):
         for key in sorted(({*now} | {*then}) - free):
             if now.get(key) != then.get(key):

@@ -13,7 +13,7 @@ from transformers import PreTrainedConfig, PreTrainedModel
 
 from configs.schema import Projection, StudentConfig
 from sharding.stream import Batch
-from trainer.capture import Need, capture, enable_capture, layers_of
+from trainer.capture import Need, capture, compile_layers, enable_capture, layers_of
 from trainer.encoders import load_encoder, new_encoder
 from trainer.layout import Layout, document_BS, layout
 from trainer.shapes import student_hf_config, transfer
@@ -145,6 +145,8 @@ def build_student(
         copy_layers(encoder, teacher(need.prediction), learned.layer_map)
         for weight in module.projections.parameters():
             nn.init.eye_(weight)
+    if student.compile:
+        compile_layers(layers_of(encoder))
     return module
 
 

@@ -1,5 +1,6 @@
 """The teacher: shortened to what students learn from, in its precision and placement, never trained."""
 
+import importlib.util
 import os
 import shutil
 from pathlib import Path
@@ -8,9 +9,18 @@ import torch
 from torch import nn
 from transformers import PreTrainedConfig, PreTrainedModel
 
-from configs.schema import Placement, Quantization, TeacherConfig
+from configs.schema import Placement, Quantization, RunConfig, TeacherConfig
 from trainer import engine
-from trainer.capture import Captured, Need, capture, check_supported, enable_capture, layers_of, shorten
+from trainer.capture import (
+    Captured,
+    Need,
+    capture,
+    check_supported,
+    compile_layers,
+    enable_capture,
+    layers_of,
+    shorten,
+)
 from trainer.encoders import DTYPES, empty_encoder, load_encoder, load_teacher_config
 from trainer.models import Inputs
 from trainer.world import World, on_main
@@ -58,8 +68,7 @@ def load_teacher(config: TeacherConfig, need: Need, world: World) -> Teacher:
         model.to(world.device)  # type: ignore[arg-type]  # its decorator hides nn.Module's signature
         _quantize(layers, config.quantization)
         if config.compile:
-            for layer in layers:
-                layer.forward = torch.compile(layer.forward, dynamic=False)
+            compile_layers(layers)
         return Teacher(model, need, may_stop=True)
     found: list[PreTrainedModel] = []  # kept out of what ``on_main`` hands to the other ranks
     # In the file's own dtype weights stay in the mapped file until they are used, one after another.
@@ -72,16 +81,25 @@ def load_teacher(config: TeacherConfig, need: Need, world: World) -> Teacher:
     return Teacher(model, need, may_stop=False)
 
 
-def check_machine(config: TeacherConfig, device: torch.device) -> list[str]:
-    """Return every setting of the teacher that this machine cannot do, each with a way out."""
+def check_machine(config: RunConfig, device: torch.device) -> list[str]:
+    """Return every setting of the models that this machine cannot do, each with a way out."""
     problems = []
     compiler = os.environ.get("CXX", "g++")
-    if config.compile and shutil.which(compiler) is None:
+    asked = {"teacher": config.teacher.compile} | {
+        f"students.{number}": student.compile for number, student in enumerate(config.students)
+    }
+    for key in [key for key in asked if asked[key] and shutil.which(compiler) is None]:
         problems.append(
-            f"teacher.compile=true needs a C++ compiler, but {compiler} is not on this machine; install g++ "
-            "(or name another in CXX), or set teacher.compile=false"
+            f"{key}.compile=true needs a C++ compiler, but {compiler} is not on this machine; install g++ "
+            "(or name another in CXX), or set {key}.compile=false"
         )
-    if config.quantization is Quantization.fp8:
+    quantization = config.teacher.quantization
+    if quantization is not Quantization.none and importlib.util.find_spec("torchao") is None:
+        problems.append(
+            f"teacher.quantization={quantization.value} needs torchao, which is not installed; "
+            "pip install torchao, or set teacher.quantization=none"
+        )
+    if quantization is Quantization.fp8:
         has = "no CUDA device"
         if device.type == "cuda":
             has = "compute capability {}.{}".format(*torch.cuda.get_device_capability(device))

@@ -228,3 +228,19 @@ def test_a_student_is_ready_to_be_captured():
     assert student.encoder.config._attn_implementation == teacher.config._attn_implementation
     assert {value.dtype for value in student.parameters()} == {torch.float32}
     assert not [name for name, _ in student.named_parameters() if "pooler" in name]
+
+
+@pytest.mark.parametrize("architecture", ["bert", "modernbert"])
+def test_a_compiled_student_is_the_same_student(architecture):
+    found = []
+    for compiled in (False, True):
+        student, _ = build(tiny_student(layers=3, layer_map=[1, 2, 4], compile=compiled), architecture)
+        ids_BS, mask_BS = rows()
+        torch._dynamo.utils.counters.clear()
+        out = student.eval()(ids_BS, mask_BS, torch.zeros_like(ids_BS))
+        sum(x.square().sum() for x in out["hidden"] + out["queries"] if x is not None).backward()
+        assert (torch._dynamo.utils.counters["stats"]["unique_graphs"] > 0) == compiled
+        found.append([x for x in out["hidden"] + out["keys"] if x is not None])
+        found[-1] += [parameter.grad for parameter in student.parameters()]
+    for plain, ours in zip(*found, strict=True):
+        torch.testing.assert_close(ours, plain, atol=1e-4, rtol=1e-4)

@@ -13,9 +13,17 @@ from safetensors.torch import load_file
 from torch.utils.flop_counter import FlopCounterMode
 from transformers import AutoModelForMaskedLM, MPNetConfig, MPNetModel
 
-from configs.schema import Placement, Precision, Quantization, TeacherConfig
+from configs.schema import Placement, Precision, Quantization, RunConfig, TeacherConfig
 from tests.trainer.teacher_worker import tensors
-from tests.trainer.tiny import ARCHITECTURES, LAYERS, WIDTH, rows, tiny_config, tiny_encoder
+from tests.trainer.tiny import (
+    ARCHITECTURES,
+    LAYERS,
+    WIDTH,
+    rows,
+    tiny_config,
+    tiny_encoder,
+    tiny_student,
+)
 from trainer.capture import Need, capture, enable_capture
 from trainer.encoders import load_whole_teacher
 from trainer.layout import Layout
@@ -162,7 +170,9 @@ def test_int8_products_are_near_and_nothing_else_is_quantized(folder):
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device; torch sees none here")
 def test_fp8_products_are_near(folder):
     device = torch.device("cuda", 0)
-    if refused := check_machine(TeacherConfig(quantization=Quantization.fp8), device):
+    if refused := check_machine(
+        RunConfig("r", "o", TeacherConfig(quantization=Quantization.fp8), []), device
+    ):
         pytest.skip(refused[0])
     place = World(0, 1, 0, 1, device)
     inputs = padded()
@@ -181,14 +191,23 @@ def test_fp8_products_are_near(folder):
 
 
 def test_what_a_machine_lacks_is_said_before_anything_is_loaded(monkeypatch):
-    assert check_machine(TeacherConfig(), CPU) == []
-    assert check_machine(TeacherConfig(compile=True, quantization=Quantization.int8), CPU) == []
+    def problems(student=None, **teacher):
+        students = [student or tiny_student()]
+        return check_machine(RunConfig("r", "o", TeacherConfig(**teacher), students), CPU)
+
+    assert problems() == problems(compile=True, quantization=Quantization.int8) == []
     monkeypatch.setenv("CXX", "no-such-compiler")
-    (problem,) = check_machine(TeacherConfig(compile=True), CPU)
-    assert "teacher.compile=true needs a C++ compiler, but no-such-compiler is not on this machine" in problem
-    (problem,) = check_machine(TeacherConfig(quantization=Quantization.fp8), CPU)
+    both = problems(tiny_student(compile=True), compile=True)
+    for key, problem in zip(("teacher", "students.0"), both, strict=True):
+        assert f"{key}.compile=true needs a C++ compiler, but no-such-compiler is not on this mach" in problem
+    (problem,) = problems(quantization=Quantization.fp8)
     assert "teacher.quantization=fp8 needs a CUDA device of compute capability 8.9 or newer" in problem
     assert "here is no CUDA device; set teacher.quantization to int8 or none" in problem
+    monkeypatch.setattr(sys, "path", [])
+    monkeypatch.setattr(sys, "meta_path", [])
+    monkeypatch.delitem(sys.modules, "torchao", raising=False)
+    (problem,) = problems(quantization=Quantization.int8)
+    assert "teacher.quantization=int8 needs torchao, which is not installed; pip install torchao" in problem
 
 
 def test_a_teacher_whose_attention_cannot_be_captured(tmp_path):
