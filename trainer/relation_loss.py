@@ -43,15 +43,17 @@ class _RelationDivergence(torch.autograd.Function):
         if padding_B1S1 is not None:
             bias_B11S.masked_fill_(padding_B1S1.mT, _MASKED)
         total_BR = torch.empty(rows, heads, dtype=wide, device=x_S.device)
-        gradient = torch.empty_like(x_S, dtype=wide)
+        learns = ctx.needs_input_grad[0]
+        gradients = [torch.empty_like(x_S, dtype=wide)] if learns else []
         with exact_products(x_S.device.type):
             for tile in blocks(rows, heads, seq_len * seq_len, scratch_elements(x_S.device)):
                 own, target = (flat_tile(x, tile, padding_B1S1).to(wide) for x in (x_S, x_T))
                 bias_N1S = bias_B11S[tile[0]].expand(-1, x_S[tile].shape[1], -1, -1).flatten(0, 1)
-                total_N, part = _divergence(own, target, bias_N1S)
+                total_N, *parts = _divergence(own, target, bias_N1S, learns)
                 total_BR[tile] = total_N.view_as(total_BR[tile])
-                gradient[tile] = part.view_as(gradient[tile])
-        ctx.save_for_backward(gradient)
+                for gradient, part in zip(gradients, parts, strict=True):
+                    gradient[tile] = part.view_as(gradient[tile])
+        ctx.save_for_backward(*gradients)
         return total_BR.sum(dim=1)
 
     @staticmethod
@@ -60,8 +62,8 @@ class _RelationDivergence(torch.autograd.Function):
         return grad_B[:, None, None, None] * ctx.saved_tensors[0], None, None
 
 
-def _divergence(x_S: Tensor, x_T: Tensor, bias_N1S: Tensor) -> tuple[Tensor, Tensor]:
-    """[N], and its gradient [N, S, D]; some queries at a time.
+def _divergence(x_S: Tensor, x_T: Tensor, bias_N1S: Tensor, learns: bool) -> tuple[Tensor, ...]:
+    """[N], and on request its gradient [N, S, D]; some queries at a time.
 
     With scores z = X X' / sqrt(D), the gradient for z is G = R_S - R_T, and for X it is (G + G') X / sqrt(D).
     Padded tokens are zeros, whose relation to every valid token is the same in both models: as queries they
@@ -73,10 +75,11 @@ def _divergence(x_S: Tensor, x_T: Tensor, bias_N1S: Tensor) -> tuple[Tensor, Ten
         log_S, log_T = (_log_relation(x, queries, bias_N1S) for x in (x_S, x_T))
         relation_T = log_T.exp()
         total += log_T.sub_(log_S).mul_(relation_T).sum(dim=(1, 2))
-        error = log_S.exp_().sub_(relation_T)
-        gradient[:, queries].baddbmm_(error, x_S, alpha=scale)
-        gradient.baddbmm_(error.mT, x_S[:, queries], alpha=scale)
-    return total, gradient
+        if learns:
+            error = log_S.exp_().sub_(relation_T)
+            gradient[:, queries].baddbmm_(error, x_S, alpha=scale)
+            gradient.baddbmm_(error.mT, x_S[:, queries], alpha=scale)
+    return (total, gradient) if learns else (total,)
 
 
 def _log_relation(x: Tensor, queries: slice, bias_N1S: Tensor) -> Tensor:
