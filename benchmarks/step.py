@@ -21,6 +21,7 @@ import sys
 import tempfile
 from collections.abc import Callable, Iterable, Sequence
 from datetime import timedelta
+from functools import partial
 from itertools import repeat
 from pathlib import Path
 from typing import Any
@@ -39,6 +40,7 @@ from sharding.stream import Batch
 from trainer import engine, world
 from trainer.checkpoint import Progress
 from trainer.clock import Clock
+from trainer.encoders import DTYPES
 from trainer.flops import matrix_rate, student_row_flops, teacher_row_flops
 from trainer.loop import Run, Trainee, accumulate_gradients
 from trainer.meter import SpeedMeter
@@ -78,9 +80,10 @@ class Ours:
         rows: int,
         micro_batch_rows: int,
         zero_stage: int = 1,
+        precision: Precision = Precision.fp32,
     ) -> None:
         train = TrainConfig(rows * place.size, micro_batch_rows, steps=1)
-        settings = DeepSpeedConfig(zero_stage)
+        settings = DeepSpeedConfig(zero_stage, precision=precision)
         config = RunConfig("step", "unused", teacher, students, train=train, deepspeed=settings)
         whole = AutoConfig.from_pretrained(teacher.model)
         learned = [transfer(student, whole) for student in students]
@@ -219,24 +222,21 @@ AttentionInterface.register("plain_scores", plain_scores)
 
 
 def floor_s(
-    teacher: Any, students: Sequence[StudentConfig], seq_len: int, place: World
-) -> Callable[[Precision], float]:
-    """Return the seconds that a row's products take at the measured rate, by the teacher's precision."""
+    teacher: Any, student: StudentConfig, seq_len: int, place: World
+) -> Callable[[Precision, Precision], float]:
+    """Return the seconds that a row's products take at the measured rate, by both models' precisions."""
     rates = {dtype: matrix_rate(dtype, place.device) for dtype in (torch.float32, torch.bfloat16)}
-    learned = [transfer(student, teacher) for student in students]
-    of_teacher = teacher_row_flops(teacher, seq_len, teacher_need(learned))
-    of_students = 0
-    for student, own in zip(students, learned, strict=True):
-        shape = build_student(student, lambda head: None, teacher, seed=0).encoder.config
-        of_students += student_row_flops(shape, seq_len, student_need(own), teacher.hidden_size)
-    dtypes = {Precision.fp32: torch.float32, Precision.bf16: torch.bfloat16}
+    learned = transfer(student, teacher)
+    of_teacher = teacher_row_flops(teacher, seq_len, teacher_need([learned]))
+    shape = build_student(student, lambda head: None, teacher, seed=0).encoder.config
+    of_student = student_row_flops(shape, seq_len, student_need(learned), teacher.hidden_size)
 
-    def seconds(precision: Precision) -> float:
-        return of_teacher / rates[dtypes[precision]] + of_students / rates[torch.float32]
+    def seconds(of: Precision, student: Precision) -> float:
+        return of_teacher / rates[DTYPES[of]] + of_student / rates[DTYPES[student]]
 
     for dtype, rate in rates.items():
         print(f"matrix products in {dtype}: {rate / 1e9:.0f} GFLOP/s")
-    print(f"S={seq_len}: teacher {of_teacher / 1e9:.2f}, students {of_students / 1e9:.2f} GFLOP a row")
+    print(f"S={seq_len}: teacher {of_teacher / 1e9:.2f}, student {of_student / 1e9:.2f} GFLOP a row")
     return seconds
 
 
@@ -248,21 +248,22 @@ def measure(
     batch = make_batch(rows, seq_len)
     fp32, bf16 = (TeacherConfig(folder, precision=kind) for kind in (Precision.fp32, Precision.bf16))
     compiled = TeacherConfig(folder, precision=Precision.bf16, compile=True)
+    ours = partial(Ours, place=place, batches=repeat(batch), rows=rows, micro_batch_rows=rows)
     calls: dict[str, Any] = {}
     for suffix, overrides in (("", {}), (", no attention dropout", NO_DROPOUT)):
         student = student_config(overrides=overrides)
         if not suffix:
             calls["published"] = Published(folder, student, batch, place.device, best=False)
         calls["published at its best" + suffix] = Published(folder, student, batch, place.device, best=True)
-        calls["ours fp32" + suffix] = Ours(fp32, [student], place, repeat(batch), rows, rows)
-        calls["ours bf16" + suffix] = Ours(bf16, [student], place, repeat(batch), rows, rows)
-    if not check_machine(compiled, place.device):
-        calls["ours bf16 compiled" + suffix] = Ours(compiled, [student], place, repeat(batch), rows, rows)
-    floor = floor_s(calls["ours bf16"].run.teach.config, [student], seq_len, place)
+        calls["ours fp32" + suffix] = ours(fp32, [student])
+        calls["ours bf16" + suffix] = ours(bf16, [student])
+    calls["ours bf16, student too" + suffix] = ours(bf16, [student], precision=Precision.bf16)
+    if not check_machine(RunConfig("step", "unused", compiled, [student]), place.device):
+        calls["ours bf16 compiled" + suffix] = ours(compiled, [student])
+    floor = floor_s(calls["ours bf16"].run.teach.config, student, seq_len, place)
     medians = interleaved_medians(calls, repeats)
     for name, seconds in medians.items():
-        low = name not in ("published", "ours fp32", "ours fp32, no attention dropout")
-        least_s = rows * floor(Precision.bf16 if low else Precision.fp32)
+        least_s = rows * floor(*precisions(name))
         split = calls[name].split() if isinstance(calls[name], Ours) else {}
         report.add(
             S=seq_len,
@@ -273,6 +274,13 @@ def measure(
             **{part: 1e3 * split[part] if split else "" for part in PARTS},
         )
     return {name: rows / seconds for name, seconds in medians.items()}
+
+
+def precisions(name: str) -> tuple[Precision, Precision]:
+    """Return the teacher's and the student's number format in a candidate of this name."""
+    exact = name == "published" or name.startswith("ours fp32")
+    teacher = Precision.fp32 if exact else Precision.bf16
+    return teacher, Precision.bf16 if "student too" in name else Precision.fp32
 
 
 PARTS = ("data", "teacher", "forward", "losses", "backward", "optimizer", "other")

@@ -18,7 +18,15 @@ import torch
 from transformers import AutoModel, BertConfig, BertModel
 
 from benchmarks.harness import Report, benchmark_parser, interleaved_medians
-from configs.schema import LossConfig, Precision, Quantization, RelationConfig, StudentConfig, TeacherConfig
+from configs.schema import (
+    LossConfig,
+    Precision,
+    Quantization,
+    RelationConfig,
+    RunConfig,
+    StudentConfig,
+    TeacherConfig,
+)
 from trainer.capture import Captured
 from trainer.deviation import deviations
 from trainer.flops import teacher_row_flops
@@ -99,7 +107,7 @@ def measure(
     learned = transfer(student, hf_config)
     teachers: dict[str, Teacher] = {}
     for name, kind in KINDS.items():
-        if not check_machine(kind, device):
+        if not check_machine(RunConfig("teacher", "unused", kind, [student]), device):
             found = TeacherConfig(**{**vars(kind), "model": folder})
             teachers[name] = load_teacher(found, teacher_need([learned]), place)
     if hf_config.num_hidden_layers >= 9:
