@@ -7,6 +7,8 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from transformers import PreTrainedConfig
+
 from configs.load import to_dict
 from configs.schema import RunConfig
 from launcher import provenance
@@ -18,6 +20,8 @@ from trainer.tracking import Run as TrackedRun
 from trainer.tracking import flatten
 
 log = logging.getLogger("distil")
+
+KINDS = ("embedding", "hidden", "cosine", "attention", "relation", "prediction")
 
 
 class Tracked:
@@ -123,6 +127,14 @@ class Reporter:
             student, layer_map = trainee.config, list(trainee.transfer.layer_map)
             shape = f"{student.layers} layers x {student.hidden_size}, {student.heads} heads"
             log.info("student %s: %s, learns from teacher layers %s", student.name, shape, layer_map)
+            key = attention_dropout(trainee.engine.module.encoder.config)
+            if key is not None and run.world.device.type == "cpu":
+                log.info(
+                    "student %s: on CPU attention dropout keeps torch from its fused kernel, which tells "
+                    "most on long rows; overrides: {%s: 0.0} is faster",
+                    student.name,
+                    key,
+                )
         for corpus, share in zip(run.corpora.corpora, run.corpora.shares, strict=True):
             split, seq_len = corpus.split("train"), corpus.manifest.seq_len
             counts = f"{split.rows} rows of up to {seq_len}, {split.tokens} tokens, {share:.1%} of the run"
@@ -225,13 +237,19 @@ class Reporter:
         log.info("step %d/%d  saved %s", progress.step, self.run.total_steps, path)
 
 
+def attention_dropout(config: PreTrainedConfig) -> str | None:
+    """Return the setting that drops out attention probabilities, None where nothing does."""
+    keys = ("attention_probs_dropout_prob", "attention_dropout")
+    return next((key for key in keys if getattr(config, key, 0.0)), None)
+
+
 def by_kind(figures: Mapping[str, float], prefix: str) -> str:
     """Return ``embedding 0.12 hidden 0.34 attention 0.56``: the mean over layers of every kind of loss.
 
     On several corpora their totals follow: ``; wiki 1.23 books 1.45``.
     """
     parts = []
-    for kind in ("embedding", "hidden", "attention"):
+    for kind in KINDS:
         values = [value for key, value in figures.items() if key.removeprefix(prefix).split("/")[0] == kind]
         if values:
             parts.append(f"{kind} {sum(values) / len(values):.4f}")

@@ -5,6 +5,8 @@ give or take its whole state as plain float32 tensors by parameter name, whateve
 precision or the number of ranks. That state is what checkpoints hold.
 """
 
+import contextlib
+import io
 import logging
 import os
 import warnings
@@ -172,9 +174,10 @@ class Engine:
             eps=optimizer.eps,
             fused=True,
         )
-        self._engine, self._optimizer, *_ = deepspeed.initialize(
-            model=module, optimizer=adamw, config=deepspeed_config, dist_init_required=False
-        )
+        with contextlib.redirect_stdout(io.StringIO()):  # its bf16 optimizer prints memory use unasked
+            self._engine, self._optimizer, *_ = deepspeed.initialize(
+                model=module, optimizer=adamw, config=deepspeed_config, dist_init_required=False
+            )
         self._adamw = adamw if self._stage == 0 else self._optimizer.optimizer
         self._make_moments()
 
