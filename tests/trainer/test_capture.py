@@ -87,8 +87,7 @@ def test_recorded_scores_reproduce_eager_attention_probabilities(model_type):
 @every_encoder
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("padded", [True, False])  # without padding, transformers passes no mask at all
-def test_outputs_are_bitwise_those_of_the_stock_model(model_type, dtype, padded, monkeypatch):
-    monkeypatch.setattr(trainer.capture, "SHORT_ROW", 0)
+def test_outputs_are_bitwise_those_of_the_stock_model(model_type, dtype, padded):
     ids_BS, mask_BS = rows()
     mask_BS = mask_BS if padded else torch.ones_like(mask_BS)
     stock, ours = build(model_type).to(dtype).eval(), recording(model_type).to(dtype).eval()
@@ -103,24 +102,6 @@ def test_outputs_are_bitwise_those_of_the_stock_model(model_type, dtype, padded,
 
 
 @every_encoder
-@pytest.mark.parametrize("padded", [True, False])
-def test_short_rows_in_bfloat16_err_no_more_than_the_stock_model(model_type, padded):
-    """On CPU they attend by the definition, which is faster; against float32, by the stock model's error."""
-    ids_BS, mask_BS = rows()
-    valid = mask_BS.bool() if padded else torch.ones_like(mask_BS, dtype=torch.bool)
-
-    def last(model):
-        with torch.no_grad():
-            output = model.eval()(input_ids=ids_BS, attention_mask=valid)
-        return output.last_hidden_state[valid].float()
-
-    exact = last(build(model_type))
-    stock, ours = (last(make(model_type).to(torch.bfloat16)) for make in (build, recording))
-    assert (ours - exact).norm() < 1.5 * (stock - exact).norm()
-    assert not torch.equal(ours, stock)
-
-
-@every_encoder
 def test_gradients_of_short_rows_in_bfloat16_err_no_more_than_the_stock_models(model_type, monkeypatch):
     def error(short_row):
         monkeypatch.setattr(trainer.capture, "SHORT_ROW", short_row)
@@ -128,8 +109,8 @@ def test_gradients_of_short_rows_in_bfloat16_err_no_more_than_the_stock_models(m
         return sum((found[name].float() - expected).square().sum() for name, expected in exact.items())
 
     exact = gradients(recording(model_type).eval(), *rows())
-    ours, stock = error(256), error(0)
-    assert ours != stock and ours < 1.5**2 * stock
+    ours, stock = error(128), error(0)
+    assert ours != stock and ours < 1.5 * stock
 
 
 def loss_of(captured):
