@@ -80,11 +80,9 @@ def layout(ids_BS: Tensor, length_B: Tensor, separator: int | None = None) -> La
         return Layout(mask_BS, full)
     row_N, start_N, length_N = _documents(ids_BS, mask_BS, separator)
     size_N = (length_N - 1).clamp(min=1).log2().floor()  # in float32, exact for powers of two
-    groups = [size_N == size for size in size_N.unique()] or [
-        size_N > 0
-    ]  # none at all: one without documents
+    sizes = size_N.unique() if len(size_N) else torch.zeros(1)  # without any document, one group without any
     start_N += row_N * ids_BS.shape[1]
-    some = (_group(row_N[group], start_N[group], length_N[group]) for group in groups)
+    some = (_group(*(x[size_N == size] for x in (row_N, start_N, length_N))) for size in sizes)
     return Layout(mask_BS, full, tuple(some))
 
 
