@@ -2,7 +2,7 @@
 
 import logging
 
-# Every job imports this room first. transformers imports torchao where it finds it, whose build for CUDA
+# Jobs import this room first. transformers imports torchao where it finds it, whose build for CUDA
 # warns on machines without.
 for chatty in ("torchao", "torch.utils._pytree"):
     logging.getLogger(chatty).setLevel(logging.ERROR)

@@ -9,6 +9,7 @@ from pathlib import Path
 
 if __package__ in (None, ""):  # run as a script: launchers put this folder on sys.path, not the repository
     sys.path[0] = str(Path(__file__).resolve().parents[1])
+    import configs  # noqa: F401  before transformers, which finds torchao and makes it talk
 
 import argparse
 import functools

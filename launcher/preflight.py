@@ -10,6 +10,7 @@ from pathlib import Path
 
 if __package__ in (None, ""):
     sys.path[0] = str(Path(__file__).resolve().parents[1])
+    import configs  # noqa: F401  before transformers, which finds torchao and makes it talk
 
 import argparse
 import logging
