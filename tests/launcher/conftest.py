@@ -12,17 +12,15 @@ from typing import Any
 import pytest
 import torch
 import yaml
-from transformers import AutoTokenizer, BertConfig, BertModel
+from transformers import AutoTokenizer, BertConfig, BertModel, BertPreTrainedModel
 
 ROOT = Path(__file__).resolve().parents[2]
 Launch = Callable[..., subprocess.CompletedProcess[str]]
 
 
-@pytest.fixture(scope="session")
-def tiny_teacher(tmp_path_factory: pytest.TempPathFactory, tiny_tokenizer: Path) -> Path:
-    """Folder of a random BERT of 4 layers x 48 with the tiny tokenizer."""
-    folder = tmp_path_factory.mktemp("teacher")
-    tokenizer = AutoTokenizer.from_pretrained(tiny_tokenizer)
+def write_teacher(folder: Path, tokenizer_folder: Path, kind: type[BertPreTrainedModel]) -> Path:
+    """A random BERT of 4 layers x 48 with the tiny tokenizer."""
+    tokenizer = AutoTokenizer.from_pretrained(tokenizer_folder)
     with torch.random.fork_rng():
         torch.manual_seed(7)
         config = BertConfig(
@@ -34,9 +32,15 @@ def tiny_teacher(tmp_path_factory: pytest.TempPathFactory, tiny_tokenizer: Path)
             max_position_embeddings=64,
             initializer_range=0.1,
         )
-        BertModel(config).save_pretrained(folder)
+        kind(config).save_pretrained(folder)
     tokenizer.save_pretrained(folder)
     return folder
+
+
+@pytest.fixture(scope="session")
+def tiny_teacher(tmp_path_factory: pytest.TempPathFactory, tiny_tokenizer: Path) -> Path:
+    """Folder of a random BERT of 4 layers x 48 with the tiny tokenizer."""
+    return write_teacher(tmp_path_factory.mktemp("teacher"), tiny_tokenizer, BertModel)
 
 
 @pytest.fixture

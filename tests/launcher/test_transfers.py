@@ -5,9 +5,9 @@ from typing import Any
 
 import pytest
 import torch
-from transformers import AutoModel, AutoModelForMaskedLM, AutoTokenizer, BertConfig, BertForMaskedLM
+from transformers import AutoModel, AutoModelForMaskedLM, AutoTokenizer, BertForMaskedLM
 
-from tests.launcher.conftest import Launch, evaluations, student
+from tests.launcher.conftest import Launch, evaluations, student, write_teacher
 
 pytestmark = pytest.mark.network_of_ranks
 
@@ -23,22 +23,7 @@ WITHOUT_DROPOUT = {"hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0
 @pytest.fixture(scope="session")
 def teacher_with_head(tmp_path_factory: pytest.TempPathFactory, tiny_tokenizer: Path) -> Path:
     """Folder of a random BERT of 4 layers x 48 with a masked-language-model head."""
-    folder = tmp_path_factory.mktemp("teacher-with-head")
-    tokenizer = AutoTokenizer.from_pretrained(tiny_tokenizer)
-    with torch.random.fork_rng():
-        torch.manual_seed(7)
-        config = BertConfig(
-            vocab_size=len(tokenizer),
-            hidden_size=48,
-            num_hidden_layers=4,
-            num_attention_heads=4,
-            intermediate_size=96,
-            max_position_embeddings=64,
-            initializer_range=0.1,
-        )
-        BertForMaskedLM(config).save_pretrained(folder)
-    tokenizer.save_pretrained(folder)
-    return folder
+    return write_teacher(tmp_path_factory.mktemp("teacher-with-head"), tiny_tokenizer, BertForMaskedLM)
 
 
 def test_every_transfer_on_any_ranks_and_stage_and_resumed(
