@@ -15,12 +15,8 @@ process may take what the machine has left (``-``: that was too little), allocat
 Arithmetic, multiply-adds a head: direct S^2 (3 D_S + D_T), as plain; Gram S (4 D_S^2 + 4 D_S D_T + 2 D_T^2).
 """
 
-import ctypes
-import multiprocessing
-import resource
 import sys
 from collections.abc import Callable
-from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
@@ -28,11 +24,12 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 import torch
 from torch import Tensor
 
-from benchmarks.harness import Report, interleaved_medians, parse_arguments
+from benchmarks.harness import Report, interleaved_medians, parse_arguments, peak_apart
 from trainer.attention_loss import attention_error_sum, faster_method
 
 HEADS, STUDENT_DIMS, TEACHER_DIM = 12, (26, 64), 64
 TOKENS = 2048  # rows x S stays the same, as it does in a real micro batch; one row where S is more
+LIMIT_GIB = 18.0
 CANDIDATES = ("plain", "bare", "direct", "gram")
 
 
@@ -73,41 +70,14 @@ def calls(seq_len: int, student_dim: int) -> dict[str, Callable[[], object]]:
     }
 
 
-def peak_bytes(candidate: str, seq_len: int, student_dim: int) -> int | None:
-    """Return what a candidate takes beyond its inputs, in this process; None where there is not so much."""
-    call = calls(seq_len, student_dim)[candidate]
-    calls(8, student_dim)[candidate]()  # libraries take their workspace
-    if torch.cuda.is_available():
-        before = torch.cuda.memory_allocated()
-        torch.cuda.reset_peak_memory_stats()
-        call()
-        return torch.cuda.max_memory_allocated() - before
-    limit = _status_bytes("/proc/self/status", "VmSize") + _status_bytes("/proc/meminfo", "MemAvailable")
-    ctypes.CDLL(None).malloc_trim(0)  # what was freed before counts as free
-    resource.setrlimit(resource.RLIMIT_AS, (limit, limit))
-    Path("/proc/self/clear_refs").write_text("5", encoding="ascii")  # the peak starts anew
-    before = _status_bytes("/proc/self/status", "VmRSS")
-    try:
-        call()
-    except RuntimeError as error:
-        if "not enough memory" in str(error):
-            return None
-        raise
-    return _status_bytes("/proc/self/status", "VmHWM") - before
-
-
-def _status_bytes(path: str, key: str) -> int:
-    line = next(line for line in Path(path).read_text(encoding="ascii").splitlines() if line.startswith(key))
-    return int(line.split()[1]) * 1024
+def one(candidate: str, seq_len: int, student_dim: int) -> Callable[[], object]:
+    """Return one candidate's call."""
+    return calls(seq_len, student_dim)[candidate]
 
 
 def measure(seq_len: int, student_dim: int, repeats: int) -> dict[str, object]:
     """Return one row of the table: MiB, then milliseconds per 2,048 tokens, of every candidate that fits."""
-    peaks = {}
-    for name in CANDIDATES:
-        # One process for each: what it held at its peak cannot be told from what an earlier one left behind.
-        with ProcessPoolExecutor(1, mp_context=multiprocessing.get_context("spawn")) as own_process:
-            peaks[name] = own_process.submit(peak_bytes, name, seq_len, student_dim).result()
+    peaks = {name: peak_apart(one, name, seq_len, student_dim, limit_gib=LIMIT_GIB) for name in CANDIDATES}
     every = calls(seq_len, student_dim)
     taken_s = interleaved_medians(
         {name: every[name] for name in CANDIDATES if peaks[name] is not None}, repeats
@@ -120,7 +90,7 @@ def measure(seq_len: int, student_dim: int, repeats: int) -> dict[str, object]:
         **{f"{name} ms": per_tokens * taken_s[name] if name in taken_s else "-" for name in CANDIDATES},
         "auto": auto,
         "plain / auto": taken_s["plain"] / taken_s[auto] if "plain" in taken_s else "-",
-        **{f"{name} MiB": "-" if peaks[name] is None else peaks[name] / 2**20 for name in CANDIDATES},
+        **{f"{name} MiB": "-" if peaks[name] is None else peaks[name] for name in CANDIDATES},
     }
 
 
