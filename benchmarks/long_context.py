@@ -22,7 +22,7 @@ from torch import Tensor, nn
 from transformers import ModernBertConfig
 
 from benchmarks.harness import Report, interleaved_medians, parse_arguments, peak_apart
-from configs.schema import Projection
+from configs.student_schema import Projection
 from trainer.capture import Captured, capture
 from trainer.encoders import new_encoder
 from trainer.layout import Layout

@@ -32,7 +32,8 @@ from benchmarks.step import (
     student_config,
     teacher_folder,
 )
-from configs.schema import Precision, RunConfig, StudentConfig, TeacherConfig
+from configs.schema import Precision, RunConfig, TeacherConfig
+from configs.student_schema import StudentConfig
 from sharding.corpora import Corpora
 from sharding.manifest import open_corpus
 from sharding.stream import Batch, stream

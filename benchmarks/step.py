@@ -35,7 +35,8 @@ from transformers import AttentionInterface, AutoConfig, AutoModel, BertConfig, 
 
 from benchmarks.harness import Report, benchmark_parser, interleaved_medians
 from configs.deepspeed import derive
-from configs.schema import DeepSpeedConfig, Precision, RunConfig, StudentConfig, TeacherConfig, TrainConfig
+from configs.schema import DeepSpeedConfig, Precision, RunConfig, TeacherConfig, TrainConfig
+from configs.student_schema import StudentConfig
 from sharding.stream import Batch
 from trainer import engine, world
 from trainer.checkpoint import Progress

@@ -18,15 +18,8 @@ import torch
 from transformers import AutoModel, BertConfig, BertModel
 
 from benchmarks.harness import Report, benchmark_parser, interleaved_medians
-from configs.schema import (
-    LossConfig,
-    Precision,
-    Quantization,
-    RelationConfig,
-    RunConfig,
-    StudentConfig,
-    TeacherConfig,
-)
+from configs.schema import Precision, Quantization, RunConfig, TeacherConfig
+from configs.student_schema import LossConfig, RelationConfig, StudentConfig
 from trainer.capture import Captured
 from trainer.deviation import deviations
 from trainer.flops import teacher_row_flops

@@ -3,7 +3,8 @@
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from configs.schema import Offload, Precision, RunConfig, StudentConfig
+from configs.schema import Offload, Precision, RunConfig
+from configs.student_schema import StudentConfig
 
 DERIVED = {
     "train_batch_size": "train.global_batch_rows",

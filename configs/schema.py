@@ -1,8 +1,8 @@
 """The schema of a run (``launcher/general.py``): every key a user can set, its type, default and meaning.
 
-``configs.corpus_schema`` is that of a corpus build. OmegaConf reads both as structured configs;
-``configs.load`` merges defaults < YAML < command line into them and reports every problem at once.
-``None`` always means "not set"; no number is a sentinel.
+``configs.student_schema`` is that of its students, ``configs.corpus_schema`` that of a corpus build.
+OmegaConf reads them as structured configs; ``configs.load`` merges defaults < YAML < command line into them
+and reports every problem at once. ``None`` always means "not set"; no number is a sentinel.
 """
 
 from dataclasses import dataclass, field
@@ -11,6 +11,8 @@ from typing import Any
 
 from omegaconf import MISSING
 
+from configs.student_schema import StudentConfig
+
 
 class Precision(Enum):
     """Number format of a model's weights and activations."""
@@ -18,25 +20,6 @@ class Precision(Enum):
     fp32 = "fp32"
     bf16 = "bf16"
     fp16 = "fp16"
-
-
-class Projection(Enum):
-    """How many matrices carry the student's hidden size to the teacher's (W_e, W_h of the paper)."""
-
-    separate = "separate"
-    """One for the embeddings, one shared by all layers (the paper, section 3.1)."""
-    shared = "shared"
-    """One for the embeddings and all layers together (the released code)."""
-    per_layer = "per_layer"
-    """One for the embeddings and one per layer (later versions of the released code)."""
-
-
-class Decay(Enum):
-    """Shape of the learning rate after warm-up."""
-
-    linear = "linear"
-    cosine = "cosine"
-    constant = "constant"
 
 
 class Offload(Enum):
@@ -75,6 +58,8 @@ class NonFinite(Enum):
     """The student has failed: it is retired and the others go on; the last one ends the run with an error."""
     skip = "skip"
     """Leave the weights as they were, count the step, go on with the next rows."""
+    rollback = "rollback"
+    """Go back to the newest checkpoint, all students, and on from there, the failed one at a lower rate."""
 
 
 class Damaged(Enum):
@@ -108,105 +93,6 @@ class TeacherConfig:
     offload_folder: str | None = None
     """With ``placement: offload``: a folder on a fast local disk (NVMe) for the partitions, read through the
     page cache; they are gone when the run ends. Not set: host memory."""
-
-
-@dataclass
-class RelationConfig:
-    """MiniLMv2's self-attention relations: of queries, of keys, of values (Wang et al., arXiv:2012.15828)."""
-
-    weight: float = 0.0
-    """Weight of each of the three."""
-    heads: int | None = None
-    """Relation heads: all heads' queries (keys, values) are split anew into so many; must divide both hidden
-    sizes. Not set: 48, or the largest number below that divides both."""
-    student_layer: int | None = None
-    """Student layer that learns; not set: the last."""
-    teacher_layer: int | None = None
-    """Teacher layer that it learns from; not set: the last. The paper takes one above the middle of large
-    teachers."""
-
-
-@dataclass
-class LossConfig:
-    """Weights of the terms of L_model (docs/method.md). A weight of 0 switches the term off."""
-
-    embedding: float = 1.0
-    """Weight of L_embd, the MSE of the embedding outputs."""
-    hidden: float = 1.0
-    """Weight of L_hidn, the MSE of the layers' hidden states."""
-    attention: float = 1.0
-    """Weight of L_attn, the MSE of the attention scores before the softmax."""
-    cosine: float = 0.0
-    """Weight of the cosine distance of the layers' hidden states (DistilBERT, arXiv:1910.01108)."""
-    relation: RelationConfig = field(default_factory=RelationConfig)
-    """MiniLMv2's relations, of one layer."""
-    prediction: float = 0.0
-    """Weight of the divergence of the masked-language-model predictions; needs a teacher with that head."""
-    temperature: float = 1.0
-    """Of the predictions of both models."""
-    layers: list[float] | None = None
-    """lambda_m for the student's layers 1..M; all 1 when not set."""
-    attention_heads: int | None = None
-    """Number of heads on which student and teacher attention are compared; must divide both head counts.
-    Not set: the common count when equal, otherwise the greatest common divisor, refused when that is 1."""
-
-
-@dataclass
-class OptimizerConfig:
-    """AdamW (Loshchilov and Hutter, arXiv:1711.05101) and the schedule of its learning rate."""
-
-    lr: float = 1e-4
-    """Peak learning rate, reached at the end of warm-up."""
-    betas: list[float] = field(default_factory=lambda: [0.9, 0.999])
-    """Exponential decay rates of the first and second moment."""
-    eps: float = 1e-8
-    """Added to the denominator."""
-    weight_decay: float = 0.01
-    """Decoupled weight decay; not applied to biases and normalisation weights."""
-    max_grad_norm: float | None = 1.0
-    """Clip the global gradient norm to this; not set: no clipping."""
-    warmup: float = 0.1
-    """Share of all optimizer steps over which the rate rises linearly from 0."""
-    decay: Decay = Decay.linear
-    """Shape after warm-up."""
-    min_lr_ratio: float = 0.0
-    """The rate at the end, as a share of ``lr``."""
-
-
-@dataclass
-class StudentConfig:
-    """One student: its shape, its layer map, its losses, its optimizer."""
-
-    name: str = MISSING
-    """Names its folder, its metrics and its MLflow run. Letters, digits, ``-``, ``_`` and ``.``."""
-    architecture: str | None = None
-    """``transformers`` model type (``bert``, ``roberta``, ...); not set: the teacher's."""
-    layers: int = MISSING
-    """Number of Transformer layers, M."""
-    hidden_size: int = MISSING
-    """Width of the hidden states; must be a multiple of ``heads``."""
-    heads: int = MISSING
-    """Number of attention heads."""
-    intermediate_size: int = MISSING
-    """Width of the feed-forward layers."""
-    overrides: dict[str, Any] = field(default_factory=dict)
-    """Further keys of the ``transformers`` config, such as ``hidden_dropout_prob``."""
-    compile: bool = False
-    """Compile its layers (torch.compile, static shapes); needs a C++ compiler where it runs. On CPU it was
-    measured not to pay (docs/LOG.md)."""
-    init: str = "random"
-    """``random``; ``teacher`` (its embeddings and the mapped layers; needs the teacher's sizes); or the
-    folder or hub name of an encoder of the same shape."""
-    layer_map: Any = "uniform"
-    """Which teacher layer each student layer learns from: ``uniform`` (g(m) = m N / M), ``last``
-    (g(m) = N - M + m), ``skip`` (every other layer from the bottom: g(m) = 2m - 1), or the list
-    [g(1), ..., g(M)] with 1 <= g(m) <= N, not decreasing. Layer 0, the embeddings, maps to 0."""
-    projection: Projection = Projection.separate
-    """How many projection matrices; they are trained with the student and left out of the export."""
-    losses: LossConfig = field(default_factory=LossConfig)
-    """Weights of the loss terms."""
-    optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
-    """Optimizer and schedule."""
 
 
 @dataclass
@@ -277,6 +163,15 @@ class TrainConfig:
     """Policy for a NaN or infinite loss or gradient norm."""
     max_skipped_steps: int = 10
     """With ``non_finite: skip``: consecutive skipped steps after which a student has failed all the same."""
+    max_rollbacks: int = 3
+    """With ``non_finite: rollback``: rollbacks of one student after which it has failed all the same."""
+    rollback_lr_factor: float = 0.5
+    """With ``non_finite: rollback``: the student's learning rate is multiplied by this at every rollback."""
+    max_hours: float | None = None
+    """Save and leave after so many hours of this process (exit code 75: start it again); not set: never."""
+    elastic: bool = False
+    """Allow any number of ranks: their rows of a step then differ by one at most, in micro batches of
+    ``micro_batch_rows`` or fewer. Off: a number of ranks that does not divide is refused."""
     deterministic: bool = False
     """Ask torch for deterministic kernels (slower on GPU; CPU float32 is deterministic anyway)."""
     threads: int | None = None
@@ -316,7 +211,23 @@ class CheckpointConfig:
     every_steps: int | None = 500
     """Save after every so many optimizer steps, and at the end; not set: only at the end."""
     keep_last: int = 2
-    """Complete checkpoints to keep; older ones are removed only after a newer one is complete."""
+    """Newest complete checkpoints to keep; older ones are removed only after a newer one is complete."""
+    keep_every_steps: int | None = None
+    """Keep those at multiples of so many steps as well, for good."""
+    keep_best: bool = False
+    """Keep, for each student, the one with the lowest held-out loss as well."""
+    background: bool = True
+    """Write while training goes on: a step then waits for the copy to host memory only."""
+
+
+@dataclass
+class TimeoutConfig:
+    """How long silence may last before it counts as a failure. Every rank then prints its stacks and ends."""
+
+    start_s: float = 1800.0
+    """Until all ranks have met, and between stations on the way to the first step (loading, compiling)."""
+    step_s: float = 600.0
+    """Between two steps, two micro batches of an evaluation, or within a save; also for every collective."""
 
 
 @dataclass
@@ -370,6 +281,8 @@ class RunConfig:
     """Held-out evaluation."""
     checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
     """Checkpoints."""
+    timeouts: TimeoutConfig = field(default_factory=TimeoutConfig)
+    """Hung ranks and dead links."""
     log: LogConfig = field(default_factory=LogConfig)
     """Progress and metrics."""
     tracking: TrackingConfig = field(default_factory=TrackingConfig)

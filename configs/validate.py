@@ -9,18 +9,8 @@ from collections import Counter
 
 from configs.corpus_schema import CorpusConfig, SourceKind
 from configs.deepspeed import DERIVED, conflicts
-from configs.schema import (
-    DataConfig,
-    LossConfig,
-    Offload,
-    OptimizerConfig,
-    Placement,
-    Precision,
-    Quantization,
-    RunConfig,
-    StudentConfig,
-    TeacherConfig,
-)
+from configs.schema import DataConfig, Offload, Placement, Precision, Quantization, RunConfig, TeacherConfig
+from configs.student_schema import LossConfig, OptimizerConfig, StudentConfig
 
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.-]*")
 _MAX_SEQ_LEN = 65_535  # row lengths are stored as uint16

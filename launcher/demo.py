@@ -30,7 +30,8 @@ from rich.table import Table
 from torch import nn
 
 from configs.load import ConfigError, load_config
-from configs.schema import RunConfig, StudentConfig
+from configs.schema import RunConfig
+from configs.student_schema import StudentConfig
 from launcher.reporting import by_kind, duration
 from sharding.manifest import Corpus, open_corpus
 from trainer import encoders, models, shapes, world

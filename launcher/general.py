@@ -12,41 +12,31 @@ if __package__ in (None, ""):  # run as a script: launchers put this folder on s
     import configs  # noqa: F401  before transformers, which finds torchao and makes it talk
 
 import argparse
-import functools
 import json
 import logging
 import os
 import time
-from collections.abc import Callable
 from datetime import timedelta
 from typing import Any
 
 import torch
 import torch.distributed as dist
-from transformers import PreTrainedConfig, PreTrainedModel
 
 from configs.deepspeed import derive
 from configs.load import ConfigError, load_config, to_dict, to_yaml
-from configs.schema import Placement, RunConfig, StudentConfig
-from configs.validate import check_batch
+from configs.schema import RunConfig
 from launcher import provenance
+from launcher.assembly import build
+from launcher.checks import check, teacher_memory
 from launcher.reporting import Reporter, Tracked, duration
-from sharding.corpora import Corpora, open_corpora
+from sharding.corpora import Corpora
 from sharding.files import write_text
-from sharding.tokens import check_tokenizer
 from trainer import checkpoint as checkpoints
-from trainer import encoders, engine, memory, shapes, world
-from trainer.checkpoint import Checkpoint, Progress
-from trainer.clock import Clock
+from trainer import encoders, engine, memory, world
+from trainer.checkpoint import Checkpoint
 from trainer.export import export
-from trainer.flops import matrix_rate, student_row_flops, teacher_row_flops
-from trainer.loop import NonFiniteError, Run, Trainee, total_steps, train
-from trainer.memory import Memory
-from trainer.meter import CorpusMeter, SpeedMeter
-from trainer.models import build_student
+from trainer.loop import NonFiniteError, Run, train
 from trainer.profile import Profile
-from trainer.teacher import check_machine, load_teacher
-from trainer.transfer import student_need, teacher_need
 from trainer.world import World
 
 log = logging.getLogger("distil")
@@ -142,52 +132,6 @@ def distil(config: RunConfig, profile_steps: int | None = None) -> None:
         raise failure
 
 
-def check(config: RunConfig, place: World) -> Corpora:
-    """Return the corpora, after everything that can be checked before weights are loaded and ranks meet.
-
-    Raises:
-        ConfigError: all problems together.
-    """
-    problems = check_batch(config.train.global_batch_rows, config.train.micro_batch_rows, place.size)
-    problems += check_machine(config, place.device)
-    corpora = teacher_config = None
-    try:
-        corpora = open_corpora(config.data)
-        corpora.mixture(config.train.global_batch_rows)
-    except ValueError as error:
-        problems.append(f"data: {error}")
-    try:
-        teacher_config = encoders.load_teacher_config(config.teacher)
-        encoders.check_sha256(config.teacher)
-    except ValueError as error:
-        problems.append(str(error))
-    for corpus in corpora.corpora if corpora is not None else ():
-        if config.evaluation.every_steps and "heldout" not in corpus.manifest.splits:
-            problems.append(
-                f"evaluation.every_steps={config.evaluation.every_steps}, but {corpus.store.location} has no "
-                "held-out split; build it with heldout_share above 0, or set evaluation.every_steps=null"
-            )
-    if corpora is not None and teacher_config is not None:
-        try:
-            check_tokenizer(corpora.corpora[0].manifest, encoders.load_tokenizer(config.teacher))
-        except ValueError as error:
-            problems.append(str(error))
-        seq_len = max(corpus.manifest.seq_len for corpus in corpora.corpora)
-        problems += shapes.check_students(config.students, teacher_config, seq_len)
-    if problems:
-        raise ConfigError(problems)
-    assert corpora is not None
-    return corpora
-
-
-def teacher_memory(config: RunConfig, place: World, corpora: Corpora) -> dict[Placement, Memory]:
-    """Return what every placement of the run's teacher takes."""
-    shape = encoders.load_teacher_config(config.teacher)
-    need = teacher_need([shapes.transfer(student, shape) for student in config.students])
-    seq_len = max(corpus.manifest.seq_len for corpus in corpora.corpora)
-    return memory.placements(config.teacher, shape, need, place, config.train.micro_batch_rows, seq_len)
-
-
 def newest_checkpoint(config: RunConfig, corpora: Corpora) -> Path | None:
     """Return the newest checkpoint in the output folder; None for a new run.
 
@@ -230,79 +174,6 @@ def write_folder(config: RunConfig, place: World) -> None:
     write_text(folder / "deepspeed.json", json.dumps(engines, indent=1) + "\n")
     write_text(folder / "origin.json", json.dumps(origin, indent=1) + "\n")
     write_text(folder / "changes.diff", provenance.changes())
-
-
-def build(config: RunConfig, place: World, corpora: Corpora, resumed: Checkpoint | None) -> Run:
-    """Load the teacher, make the students and their engines, and restore what a checkpoint holds."""
-    teacher_config = encoders.load_teacher_config(config.teacher)
-    need = teacher_need([shapes.transfer(student, teacher_config) for student in config.students])
-    teacher = load_teacher(config.teacher, need, place)
-    whole = functools.cache(functools.partial(encoders.load_whole_teacher, config.teacher))
-    trainees = [
-        make_trainee(config, student, teacher_config, whole, place, resumed) for student in config.students
-    ]
-    whole.cache_clear()  # it was for students that start from it
-    if len(corpora.parts) > 1:
-        names = [part.name for part in corpora.parts]
-        for trainee in trainees:
-            trainee.by_corpus = CorpusMeter(names, trainee.transfer, teacher.hidden_size)
-
-    return Run(
-        config=config,
-        world=place,
-        corpora=corpora,
-        teach=teacher,
-        teacher_hidden_size=teacher.hidden_size,
-        trainees=trainees,
-        speed=make_speed_meter(config, place, teacher.config, trainees, corpora),
-        progress=resumed.progress if resumed is not None else Progress(),
-        total_steps=total_steps(config, corpora),
-        separator=corpora.separator if config.data.separate_documents else None,
-    )
-
-
-def make_trainee(
-    config: RunConfig,
-    student: StudentConfig,
-    teacher: PreTrainedConfig,
-    whole_teacher: Callable[[bool], PreTrainedModel],
-    place: World,
-    resumed: Checkpoint | None,
-) -> Trainee:
-    """Make one student and its engine (collective), new or as a checkpoint has it."""
-    module = build_student(student, whole_teacher, teacher, config.train.seed)
-    settings = derive(config, student, place.size, pin_memory=place.device.type == "cuda")
-    state = resumed.students[student.name] if resumed is not None else None
-    if state is not None:
-        module.load(state.weights)
-    own = engine.Engine(module, student.optimizer, settings, place)
-    if state is not None:
-        own.load(state)
-    own.train()
-    skipped_steps = resumed.skipped_steps[student.name] if resumed is not None else 0
-    return Trainee(student, shapes.transfer(student, teacher), own, skipped_steps=skipped_steps)
-
-
-def make_speed_meter(
-    config: RunConfig, place: World, teacher: PreTrainedConfig, trainees: list[Trainee], corpora: Corpora
-) -> SpeedMeter:
-    """Count a row's operations and measure how fast this device could do them at best."""
-    clock = Clock(place.device)
-    need = teacher_need([trainee.transfer for trainee in trainees])
-    lengths = [corpus.manifest.seq_len for corpus in corpora.corpora]
-    teacher_flops = student_flops = 0.0
-    try:
-        for share, seq_len in zip(corpora.shares, lengths, strict=True):
-            teacher_flops += share * teacher_row_flops(teacher, seq_len, need)
-            for trainee in trainees:
-                shape, own = trainee.engine.module.encoder.config, student_need(trainee.transfer)
-                student_flops += share * student_row_flops(shape, seq_len, own, teacher.hidden_size)
-    except ValueError as error:
-        log.warning("no MFU: %s", error)
-        return SpeedMeter(None, 0.0, clock)
-    teacher_s = teacher_flops / matrix_rate(encoders.DTYPES[config.teacher.precision], place.device)
-    student_s = student_flops / matrix_rate(encoders.DTYPES[config.deepspeed.precision], place.device)
-    return SpeedMeter(teacher_flops + student_flops, teacher_s + student_s, clock)
 
 
 def finish(run: Run, reporter: Reporter, wall_s: float) -> None:

@@ -25,7 +25,7 @@ from rich.table import Table
 
 from configs.load import ConfigError, load_config
 from configs.schema import Placement, Precision, Quantization, RunConfig
-from launcher.general import check, teacher_memory
+from launcher.checks import check, teacher_memory
 from sharding.corpora import Corpora
 from sharding.stream import sequential
 from trainer import encoders, memory, shapes, world

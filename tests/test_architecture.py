@@ -15,7 +15,12 @@ HOMES = {
     "deepspeed": {"trainer/engine.py"},
     "mlflow": {"trainer/tracking.py"},
     "webdataset": {"sharding/shards.py", "sharding/tars.py"},
-    "omegaconf": {"configs/schema.py", "configs/corpus_schema.py", "configs/load.py"},
+    "omegaconf": {
+        "configs/schema.py",
+        "configs/student_schema.py",
+        "configs/corpus_schema.py",
+        "configs/load.py",
+    },
 }
 
 PURE = [

@@ -18,7 +18,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from configs.schema import OptimizerConfig
+from configs.student_schema import OptimizerConfig
 from trainer.capture import Captured
 from trainer.models import Inputs, Student
 from trainer.world import World

@@ -18,7 +18,8 @@ from typing import Protocol
 import numpy as np
 import torch
 
-from configs.schema import Damaged, NonFinite, Precision, RunConfig, StudentConfig
+from configs.schema import Damaged, NonFinite, Precision, RunConfig
+from configs.student_schema import StudentConfig
 from sharding.corpora import Corpora
 from sharding.stream import Batch, stream
 from trainer.checkpoint import Progress

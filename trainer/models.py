@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedConfig, PreTrainedModel
 
-from configs.schema import Projection, StudentConfig
+from configs.student_schema import Projection, StudentConfig
 from sharding.stream import Batch
 from trainer.capture import Need, capture, compile_layers, enable_capture, layers_of
 from trainer.encoders import load_encoder, new_encoder

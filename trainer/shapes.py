@@ -9,7 +9,7 @@ import torch
 from huggingface_hub.errors import StrictDataclassError
 from transformers import AutoConfig, PreTrainedConfig
 
-from configs.schema import StudentConfig
+from configs.student_schema import StudentConfig
 from trainer.attention_loss import common_heads
 from trainer.encoders import new_encoder, read_config
 from trainer.layer_map import resolve

@@ -7,7 +7,8 @@ import os
 import pytest
 
 from configs.deepspeed import DERIVED, conflicts, derive
-from configs.schema import DeepSpeedConfig, Offload, Precision, RunConfig, StudentConfig, TrainConfig
+from configs.schema import DeepSpeedConfig, Offload, Precision, RunConfig, TrainConfig
+from configs.student_schema import StudentConfig
 
 
 def run(rows: int = 64, micro: int = 4, **deepspeed) -> RunConfig:

@@ -9,7 +9,8 @@ import yaml
 
 from configs.corpus_schema import CorpusConfig, Packing, SourceKind
 from configs.load import ConfigError, load_config, to_dict, to_yaml
-from configs.schema import Decay, Precision, RunConfig
+from configs.schema import Precision, RunConfig
+from configs.student_schema import Decay
 
 MINIMAL = """
 name: run

@@ -5,7 +5,8 @@ import copy
 import pytest
 
 from configs.corpus_schema import CorpusConfig, SourceConfig, SourceKind
-from configs.schema import MixtureConfig, RunConfig, StudentConfig, TeacherConfig
+from configs.schema import MixtureConfig, RunConfig, TeacherConfig
+from configs.student_schema import StudentConfig
 from configs.validate import check_batch, check_corpus, check_run
 
 

@@ -85,6 +85,13 @@ def general(tmp_path: Path) -> Launch:
     return launch
 
 
+def written(config: dict[str, Any]) -> str:
+    """The config tree as a YAML file beside the run's folder; its path."""
+    path = Path(config["output"]).with_suffix(".yaml")
+    path.write_text(yaml.safe_dump(config), encoding="utf-8")
+    return str(path)
+
+
 def command(folder: Path, config: dict[str, Any], *overrides: str, ranks: int, by: str) -> list[str]:
     """The command line of one run."""
     path = folder / "config.yaml"

@@ -18,7 +18,7 @@ from deepspeed.accelerator import get_accelerator
 from torch import Tensor
 from transformers import BertConfig, BertModel
 
-from configs.schema import OptimizerConfig, Projection
+from configs.student_schema import OptimizerConfig, Projection
 from trainer import engine, world
 from trainer.capture import enable_capture
 from trainer.engine import Engine

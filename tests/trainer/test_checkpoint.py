@@ -12,7 +12,8 @@ import pytest
 import torch
 
 from configs.load import to_dict
-from configs.schema import DataConfig, RunConfig, StudentConfig, TeacherConfig
+from configs.schema import DataConfig, RunConfig, TeacherConfig
+from configs.student_schema import StudentConfig
 from tests.conftest import small_disk
 from trainer.checkpoint import (
     Checkpoint,

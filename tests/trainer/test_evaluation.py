@@ -6,7 +6,7 @@ import pytest
 import torch
 import torch.distributed as dist
 
-from configs.schema import Projection
+from configs.student_schema import Projection
 from sharding.manifest import open_corpus
 from sharding.stream import sequential
 from tests.trainer.tiny import tiny_encoder, tiny_student

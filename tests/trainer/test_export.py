@@ -11,7 +11,7 @@ import torch
 from safetensors.torch import load_file
 from transformers import AutoModel, AutoTokenizer
 
-from configs.schema import Projection
+from configs.student_schema import Projection
 from tests.conftest import small_disk
 from tests.trainer.tiny import ARCHITECTURES, rows, tiny_encoder, tiny_student
 from trainer.capture import capture

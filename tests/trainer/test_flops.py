@@ -7,7 +7,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from transformers import AutoConfig, AutoModel, AutoModelForMaskedLM
 from transformers.models.auto.modeling_auto import MODEL_FOR_MASKED_LM_MAPPING_NAMES
 
-from configs.schema import Projection
+from configs.student_schema import Projection
 from tests.trainer.tiny import ARCHITECTURES, WIDTH, rows, tiny_config, tiny_student
 from trainer.capture import Need, capture, shorten
 from trainer.encoders import new_encoder

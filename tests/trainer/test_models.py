@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch import nn
 
-from configs.schema import Projection
+from configs.student_schema import Projection
 from sharding.stream import Batch
 from tests.trainer.tiny import (
     ARCHITECTURES,

@@ -1,6 +1,6 @@
 import pytest
 
-from configs.schema import Decay
+from configs.student_schema import Decay
 from trainer.schedule import lr_multiplier
 
 

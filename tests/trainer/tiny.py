@@ -3,7 +3,7 @@
 import torch
 from transformers import AutoConfig, AutoModel, PreTrainedConfig, PreTrainedModel
 
-from configs.schema import StudentConfig
+from configs.student_schema import StudentConfig
 
 LAYERS, WIDTH, HEADS, INNER, VOCABULARY = 4, 48, 4, 96, 232
 SHAPE = {
