@@ -3,6 +3,7 @@
 import functools
 import logging
 from collections.abc import Callable
+from dataclasses import replace
 
 from transformers import PreTrainedConfig, PreTrainedModel
 
@@ -11,10 +12,10 @@ from configs.schema import RunConfig, StudentConfig
 from sharding.corpora import Corpora
 from trainer import encoders, engine, shapes
 from trainer.checkpoint import Checkpoint, Progress
-from trainer.clock import Clock
+from trainer.clock import Clock, Stations
 from trainer.flops import matrix_rate, student_row_flops, teacher_row_flops
 from trainer.loop import Run, Trainee, total_steps
-from trainer.meter import CorpusMeter, SpeedMeter
+from trainer.meter import CorpusMeter, LossMeter, SpeedMeter
 from trainer.models import build_student
 from trainer.teacher import load_teacher
 from trainer.transfer import student_need, teacher_need
@@ -23,21 +24,27 @@ from trainer.world import World
 log = logging.getLogger("distil")
 
 
-def build(config: RunConfig, place: World, corpora: Corpora, resumed: Checkpoint | None) -> Run:
+def build(
+    config: RunConfig, place: World, corpora: Corpora, resumed: Checkpoint | None, stations: Stations
+) -> Run:
     """Load the teacher, make the students and their engines, and restore what a checkpoint holds."""
     teacher_config = encoders.load_teacher_config(config.teacher)
     need = teacher_need([shapes.transfer(student, teacher_config) for student in config.students])
     teacher = load_teacher(config.teacher, need, place)
+    stations.passed("teacher")
     whole = functools.cache(functools.partial(encoders.load_whole_teacher, config.teacher))
     trainees = [
         make_trainee(config, student, teacher_config, whole, place, resumed) for student in config.students
     ]
     whole.cache_clear()  # it was for students that start from it
+    stations.passed("students")
     if len(corpora.parts) > 1:
         names = [part.name for part in corpora.parts]
         for trainee in trainees:
             trainee.by_corpus = CorpusMeter(names, trainee.transfer, teacher.hidden_size)
 
+    speed = make_speed_meter(config, place, teacher.config, trainees, corpora)
+    stations.passed("meters")
     return Run(
         config=config,
         world=place,
@@ -45,7 +52,7 @@ def build(config: RunConfig, place: World, corpora: Corpora, resumed: Checkpoint
         teach=teacher,
         teacher_hidden_size=teacher.hidden_size,
         trainees=trainees,
-        speed=make_speed_meter(config, place, teacher.config, trainees, corpora),
+        speed=speed,
         progress=resumed.progress if resumed is not None else Progress(),
         total_steps=total_steps(config, corpora),
         separator=corpora.separator if config.data.separate_documents else None,
@@ -63,15 +70,37 @@ def make_trainee(
     """Make one student and its engine (collective), new or as a checkpoint has it."""
     module = build_student(student, whole_teacher, teacher, config.train.seed)
     settings = derive(config, student, place.size, pin_memory=place.device.type == "cuda")
-    state = resumed.students[student.name] if resumed is not None else None
-    if state is not None:
-        module.load(state.weights)
     own = engine.Engine(module, student.optimizer, settings, place)
-    if state is not None:
-        own.load(state)
     own.train()
-    skipped_steps = resumed.skipped_steps[student.name] if resumed is not None else 0
-    return Trainee(student, shapes.transfer(student, teacher), own, skipped_steps=skipped_steps)
+    trainee = Trainee(student, shapes.transfer(student, teacher), own)
+    if resumed is not None:
+        restore(trainee, resumed)
+    return trainee
+
+
+def restore(trainee: Trainee, checkpoint: Checkpoint) -> None:
+    """Take one student back to a checkpoint (collective)."""
+    trainee.engine.load(checkpoint.students[trainee.config.name])
+    trainee.skipped_steps = checkpoint.skipped_steps[trainee.config.name]
+    trainee.skipped_in_a_row = 0
+
+
+def roll_back(run: Run, checkpoint: Checkpoint, failed: str) -> None:
+    """Take all students back to a checkpoint and lower the rate of the one that failed (collective)."""
+    factor, before = run.config.train.rollback_lr_factor, run.progress
+    for trainee in run.trainees:
+        restore(trainee, checkpoint)
+        trainee.losses = LossMeter()
+        if trainee.by_corpus is not None:
+            trainee.by_corpus = CorpusMeter(
+                trainee.by_corpus.names, trainee.transfer, run.teacher_hidden_size
+            )
+    run.speed.forget()
+    run.progress = replace(
+        checkpoint.progress,
+        rollbacks=before.rollbacks | {failed: before.rollbacks.get(failed, 0) + 1},
+        lr_scale=before.lr_scale | {failed: before.lr_scale.get(failed, 1.0) * factor},
+    )
 
 
 def make_speed_meter(

@@ -29,12 +29,15 @@ from launcher import provenance
 from launcher.assembly import build
 from launcher.checks import check, teacher_memory
 from launcher.reporting import Reporter, Tracked, duration
+from launcher.runfolder import RunFolder
 from sharding.corpora import Corpora
 from sharding.files import write_text
 from trainer import checkpoint as checkpoints
-from trainer import encoders, engine, memory, world
+from trainer import encoders, engine, exits, memory, world
 from trainer.checkpoint import Checkpoint
+from trainer.clock import Stations
 from trainer.export import export
+from trainer.interruption import Interruption
 from trainer.loop import NonFiniteError, Run, train
 from trainer.profile import Profile
 from trainer.world import World
@@ -45,7 +48,9 @@ COLLECTIVE_TIMEOUT = timedelta(minutes=30)
 
 
 def main() -> int:
-    """Run the job; return the exit code: 0 done, 1 failed, 2 for the user to correct, 130 interrupted."""
+    """Run the job; return the exit code, see ``trainer.exits``."""
+    stations = Stations()
+    stations.passed("imports")
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
@@ -71,25 +76,27 @@ def main() -> int:
     for chatty in ("httpx", "mlflow", "alembic"):
         logging.getLogger(chatty).setLevel(logging.WARNING)
     try:
-        distil(load_config(RunConfig, arguments.config, arguments.overrides), arguments.profile_steps)
+        config = load_config(RunConfig, arguments.config, arguments.overrides)
+        return distil(config, stations, arguments.profile_steps)
     except (ValueError, OSError, NonFiniteError) as error:
         alone = dist.is_initialized() and not isinstance(error, NonFiniteError)
         if is_main or alone:  # before the ranks meet, and for what all of them see, one message is enough
             print(f"\nerror: {error}", file=sys.stderr, flush=True)
-        return 2 if isinstance(error, ValueError) else 1
+        return exits.WRONG if isinstance(error, ValueError) else exits.FAILED
     except KeyboardInterrupt:
         if is_main:
             print("\ninterrupted; started again, it resumes from the newest checkpoint", file=sys.stderr)
-        return 130
+        return exits.INTERRUPTED
     finally:
         if dist.is_initialized():
             dist.destroy_process_group()
-    return 0
 
 
-def distil(config: RunConfig, profile_steps: int | None = None) -> None:
-    """Run the whole job: check, connect, resume or start, train, export."""
+def distil(config: RunConfig, stations: Stations, profile_steps: int | None = None) -> int:
+    """Run the whole job: check, connect, resume or start, train, export; return the exit code."""
     place = world.find(os.environ)
+    interruption = Interruption(place.rank, config.train.max_hours, stations.started_s)
+    interruption.listen()
     world.share_cores(place, config.train.threads)
     if config.train.deterministic:
         torch.use_deterministic_algorithms(True)
@@ -97,29 +104,39 @@ def distil(config: RunConfig, profile_steps: int | None = None) -> None:
     found, free = teacher_memory(config, place, corpora), memory.free_memory(place.device)
     if problems := memory.check_fits(config.teacher, found, place, free):
         raise ConfigError(problems)
+    stations.passed("checks")
     world.connect(place, os.environ, COLLECTIVE_TIMEOUT)
     engine.attach()
+    stations.passed("meeting")
 
+    folder = RunFolder(Path(config.output))
+    world.on_main(place, folder.claim)
     newest = world.on_main(place, lambda: newest_checkpoint(config, corpora))
     resumed = checkpoints.load(newest) if newest is not None else None
-    tracked = start_tracking(config, place, corpora, resumed)
-    status = "FAILED"
+    stations.passed("checkpoint")
+    tracked = start_tracking(config, place, corpora, resumed, folder)
+    stations.passed("tracking")
+    status, failure, stopped = "FAILED", None, None
     try:
         world.on_main(place, lambda: write_folder(config, place))
-        started_s = time.perf_counter()
-        run = build(config, place, corpora, resumed)
+        run = build(config, place, corpora, resumed, stations)
+        run.interruption = interruption
         del resumed  # weights and moments of every student: the engines have them now
-        reporter = Reporter(run, tracked)
+        reporter = Reporter(run, tracked, folder, stations)
         reporter.started(resumed=newest is not None)
         if profile_steps is not None:
-            folder = Path(config.output) / "profile"
-            run.profile = Profile(folder, place, run.speed, profile_steps, log.info)
-        train(run, reporter)
+            run.profile = Profile(folder.path / "profile", place, run.speed, profile_steps, log.info)
+        stopped = train(run, reporter)
         if run.profile is not None:
             run.profile.close()
-        finish(run, reporter, time.perf_counter() - started_s)
-        failure, status = retired_error(run), "FINISHED"
+        if stopped is None:
+            finish(run, reporter, time.monotonic() - stations.started_s)
+            failure, status = retired_error(run), "FINISHED"
+        else:
+            reporter.stopped(stopped)
+            status = "SCHEDULED"
     except NonFiniteError as error:
+        reporter.event("failed", reason=str(error))
         failure = error  # of all ranks alike: none leaves, and has the others ended, before MLflow knows
     except KeyboardInterrupt:
         status = "KILLED"
@@ -130,6 +147,7 @@ def distil(config: RunConfig, profile_steps: int | None = None) -> None:
     world.disconnect()
     if failure is not None:
         raise failure
+    return exits.DONE if stopped is None else exits.STOPPED
 
 
 def newest_checkpoint(config: RunConfig, corpora: Corpora) -> Path | None:
@@ -148,14 +166,19 @@ def newest_checkpoint(config: RunConfig, corpora: Corpora) -> Path | None:
 
 
 def start_tracking(
-    config: RunConfig, place: World, corpora: Corpora, resumed: Checkpoint | None
+    config: RunConfig, place: World, corpora: Corpora, resumed: Checkpoint | None, folder: RunFolder
 ) -> Tracked | None:
     """Open or continue the MLflow runs, on rank 0 (collective); None elsewhere, and without tracking."""
     if not config.tracking.enabled:
         return None
     opened: list[Tracked] = []  # kept out of what ``on_main`` hands to the other ranks
-    run_ids = resumed.tracking_run_ids if resumed is not None else {}
-    world.on_main(place, lambda: opened.append(Tracked.start(config, corpora, run_ids)))
+
+    def start() -> None:
+        run_ids = resumed.tracking_run_ids if resumed is not None else folder.tracking_run_ids()
+        opened.append(Tracked.start(config, corpora, run_ids))
+        folder.keep_tracking_run_ids(opened[0].run_ids())
+
+    world.on_main(place, start)
     return opened[0] if opened else None
 
 
@@ -203,6 +226,7 @@ def finish(run: Run, reporter: Reporter, wall_s: float) -> None:
     if reporter.tracked is not None:
         reporter.tracked.log_file(folder / "summary.json")
         reporter.tracked.log_file(folder / "evaluations.jsonl")
+    reporter.event("finished")
     log.info("done in %s. Load a student with AutoModel.from_pretrained(%r)", duration(wall_s), str(path))
 
 

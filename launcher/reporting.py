@@ -3,6 +3,7 @@
 import json
 import logging
 import re
+import socket
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -12,12 +13,16 @@ from transformers import PreTrainedConfig
 from configs.load import to_dict
 from configs.schema import RunConfig
 from launcher import provenance
+from launcher.assembly import roll_back
+from launcher.runfolder import RunFolder
 from sharding.corpora import Corpora
 from trainer import checkpoint as checkpoints
 from trainer.checkpoint import Checkpoint, Progress
+from trainer.clock import Stations
 from trainer.loop import Run
 from trainer.tracking import Run as TrackedRun
 from trainer.tracking import flatten
+from trainer.world import on_main
 
 log = logging.getLogger("distil")
 
@@ -111,12 +116,14 @@ class Tracked:
 class Reporter:
     """The loop's listener. Terminal, tracking and files happen on rank 0; saving is collective."""
 
-    def __init__(self, run: Run, tracked: Tracked | None) -> None:
+    def __init__(self, run: Run, tracked: Tracked | None, folder: RunFolder, stations: Stations) -> None:
         self.run = run
         self.config = run.config
         self.world = run.world
         self.tracked = tracked
-        self.folder = Path(run.config.output)
+        self.run_folder = folder
+        self.folder = folder.path
+        self.stations = stations
         self.revision = provenance.revision()
 
     def started(self, resumed: bool) -> None:
@@ -147,6 +154,7 @@ class Reporter:
             log.info("resumed at step %d (%d rows consumed)", run.progress.step, run.progress.rows)
         for name, reason in run.progress.retired.items():
             self.retired(name, reason)
+        self.event("started", ranks=run.world.size, host=socket.gethostname(), resumed=resumed)
         if self.tracked is not None:
             log.info("in MLflow: %s", self.tracked.run.url)
             for name in ("config.yaml", "deepspeed.json", "origin.json", "changes.diff"):
@@ -202,9 +210,54 @@ class Reporter:
                 figures = {f"heldout/{key}": value for key, value in losses.items()}
                 self.tracked.students[student].log_metrics(figures, progress.step)
 
+    def event(self, event: str, **facts: Any) -> None:
+        """Keep what happened in the run's ``events.jsonl``."""
+        if self.world.is_main:
+            self.run_folder.event(event, self.run.progress.step, **facts)
+
+    def training(self, progress: Progress) -> None:
+        """Say how long it took from the process's start to the first step's end, by station."""
+        self.stations.passed("first_step")
+        if not self.world.is_main:
+            return
+        seconds = self.stations.seconds
+        parts = ", ".join(f"{name} {own_s:.1f}" for name, own_s in seconds.items())
+        log.info("first step done %.1f s after the start (%s)", sum(seconds.values()), parts)
+        self.event("training", seconds={name: round(own_s, 3) for name, own_s in seconds.items()})
+        if self.tracked is not None:
+            figures = {f"start/{name}_s": own_s for name, own_s in seconds.items()}
+            self.tracked.run.log_metrics(figures, progress.step)
+
+    def stopped(self, reason: str) -> None:
+        """Say why the run leaves early, and how it goes on."""
+        if not self.world.is_main:
+            return
+        step = f"step {self.run.progress.step}/{self.run.total_steps}"
+        log.warning("%s  STOPPED by %s. Started again, the run goes on from here", step, reason)
+        self.event("stopped", reason=reason)
+        if self.tracked is not None:
+            self.tracked.run.set_tag("stopped", f"{step}: {reason}")
+
+    def roll_back(self, name: str, reason: str) -> None:
+        """Restore everything from the newest checkpoint (collective), and say so loudly."""
+        folder, step = self.folder / "checkpoints", self.run.progress.step
+        newest = on_main(self.world, lambda: checkpoints.list_complete(folder)[-1])
+        roll_back(self.run, checkpoints.load(newest), name)
+        scale = self.run.progress.lr_scale[name]
+        log.warning(
+            "student %s has FAILED: %s. All students go back to step %d; from now on its learning "
+            "rate is multiplied by %g",
+            name,
+            reason,
+            self.run.progress.step,
+            scale,
+        )
+        self.event("rolled_back", student=name, reason=reason, from_step=step, lr_scale=scale)
+
     def retired(self, name: str, reason: str) -> None:
         """Say loudly that a student has failed, and mark its run."""
         log.warning("student %s has FAILED and is retired: %s. The other students go on", name, reason)
+        self.event("retired", student=name, reason=reason)
         if self.tracked is not None:
             self.tracked.fail(name, reason)
 

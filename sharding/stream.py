@@ -4,6 +4,7 @@ Letters: B rows of this rank in one step, S sequence length of the corpora that 
 """
 
 import logging
+import signal
 from collections.abc import Collection, Iterable, Iterator
 from dataclasses import dataclass, replace
 from typing import Any
@@ -233,8 +234,18 @@ def stream(
         num_workers=workers,
         prefetch_factor=prefetch_steps,
         pin_memory=pin_memory,
+        worker_init_fn=_leave_signals_to_the_parent,
     )
     return _batches(loader, pin_memory)
+
+
+def _leave_signals_to_the_parent(worker: int) -> None:
+    """Schedulers signal every process of a job; a reader that died of it would end a run that wants to save.
+
+    Readers end when their parent tells them to, or is gone.
+    """
+    for number in (signal.SIGTERM, signal.SIGUSR1):
+        signal.signal(number, signal.SIG_IGN)
 
 
 def _as_it_is(packed: Any) -> Any:

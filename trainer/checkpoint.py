@@ -2,8 +2,11 @@
 
 A checkpoint is a folder ``step-00000500``. It is written as ``.step-00000500.partial``, flushed to disk, and
 renamed, so a folder under a final name is complete by construction; ``files.json`` lists the size and the
-SHA-256 of every file, against which it is verified on load. Which one is the latest follows from the names
-alone; there is no pointer that could be wrong. Older ones are removed after the rename.
+SHA-256 of every file, against which it is verified on load. Nothing is ever replaced: a step that is saved
+again becomes ``step-00000500.1``, and counts as newer. Older ones go after that, as ``retained`` says.
+
+Which one is the newest follows from the names alone. ``latest`` is a link for people, and never dangles: it is
+replaced by a rename, after the new checkpoint has its name and before any other goes.
 
 Weights and moments are whole float32 tensors by parameter name in safetensors (nothing is unpickled), the
 same for every ZeRO stage, precision and number of ranks. Random numbers need no state: dropout is seeded
@@ -11,21 +14,28 @@ from (seed, step, rank, micro batch), see ``trainer.loop``, and the data order f
 """
 
 import json
+import math
+import os
 import re
 import shutil
+from collections import defaultdict
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
-from safetensors import SafetensorError
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
+from configs.schema import CheckpointConfig
 from sharding.files import new_folder, sha256, sync
-from trainer.engine import EngineState
 
-_NAME = re.compile(r"step-(\d{8})")
-_FILES = "files.json"  # written last
+LATEST = "latest"
+WEIGHTS = "weights.safetensors"
+_MOMENTS = "moments.safetensors"
+_NAME = re.compile(r"step-(\d{8,})(?:\.(\d+))?")
+_RUN, _FILES = "run.json", "files.json"  # the latter is written last
 
 
 class CheckpointError(ValueError):
@@ -41,7 +51,17 @@ class Progress:
     quarantined: list[tuple[int, int]] = field(default_factory=list)  # (corpus, block) found damaged, masked
     retired: dict[str, str] = field(default_factory=dict)  # students that failed, by name: when and why
     rollbacks: dict[str, int] = field(default_factory=dict)  # by student: how often the run went back for it
-    lr_scale: dict[str, float] = field(default_factory=dict)  # by student, where rollbacks have lowered the rate
+    lr_scale: dict[str, float] = field(default_factory=dict)  # by student, where rollbacks lowered it
+
+
+@dataclass(frozen=True)
+class EngineState:
+    """Everything that a student's optimization is, free of ranks and stages. All tensors float32 on CPU."""
+
+    weights: dict[str, Tensor]
+    moments: dict[str, Tensor]  # "exp_avg.NAME" and "exp_avg_sq.NAME"
+    updates: int  # optimizer updates applied; skipped steps are not counted
+    loss_scale: dict[str, float]  # fp16 only: the dynamic loss scaler's numbers
 
 
 @dataclass(frozen=True)
@@ -56,86 +76,192 @@ class Checkpoint:
     tracking_run_ids: dict[str, str]  # MLflow run ids; "" is the run itself, the others are students
     revision: str  # of the code
     world_size: int
+    heldout: dict[str, float] = field(
+        default_factory=dict
+    )  # total loss by student, if evaluated at this step
 
 
-def save(folder: Path, checkpoint: Checkpoint, keep_last: int) -> Path:
-    """Write a checkpoint under ``folder`` and prune older ones; call on rank 0 only.
+def save(folder: Path, checkpoint: Checkpoint, keep: CheckpointConfig) -> Path:
+    """Write a checkpoint under ``folder``, point ``latest`` at it, prune others; for one process at a time.
 
     Raises:
-        OSError: the disk is full or fails. Nothing that was there before is touched then.
+        OSError: the disk is full or fails. No checkpoint that was there before is touched then.
     """
-    final = folder / f"step-{checkpoint.progress.step:08d}"
+    for left in folder.glob(".step-*"):  # by a process that was killed; its room may be needed
+        shutil.rmtree(left, ignore_errors=True)
+    final = _unused(folder, f"step-{checkpoint.progress.step:08d}")
     with new_folder(final) as partial:
         _write(partial, checkpoint)
         _seal(partial)
-    for left in folder.glob(".step-*"):  # by a process that was killed
-        shutil.rmtree(left)
-    for old in list_complete(folder)[:-keep_last]:
+    _point_latest(folder, final)
+    complete = list_complete(folder)
+    for old in set(complete) - retained(complete, keep).keys():
         # Half removed, it must not bear the name of a complete one.
-        shutil.rmtree(old.rename(old.with_name(f".{old.name}.removed")))
+        shutil.rmtree(old.rename(old.with_name(f".{old.name}.removed")), ignore_errors=True)
     return final
 
 
+def retained(complete: Sequence[Path], keep: CheckpointConfig) -> dict[Path, list[str]]:
+    """Return which of these checkpoints, oldest first, are to stay, each with the reasons why."""
+    of_step = {step_of(path): path for path in complete}  # of several of one step the newest
+    reasons: dict[Path, list[str]] = defaultdict(list)
+    for path in list(of_step.values())[-keep.keep_last :]:
+        reasons[path].append("last")
+    for step, path in of_step.items():
+        if keep.keep_every_steps and step and step % keep.keep_every_steps == 0:
+            reasons[path].append(f"every {keep.keep_every_steps}")
+    for student, path in best(list(of_step.values())).items() if keep.keep_best else ():
+        reasons[path].append(f"best of {student}")
+    return dict(reasons)
+
+
+def best(complete: Sequence[Path]) -> dict[str, Path]:
+    """Return, by student, the checkpoint with the lowest held-out loss of those that were evaluated."""
+    found: dict[str, tuple[float, Path]] = {}
+    for path in complete:
+        try:
+            losses = read_run(path)["heldout"]
+        except (OSError, ValueError, KeyError):  # damaged: it is no candidate
+            continue
+        for student, loss in losses.items():
+            if math.isfinite(loss) and loss < found.get(student, (math.inf,))[0]:
+                found[student] = loss, path
+    return {student: path for student, (_, path) in found.items()}
+
+
 def list_complete(folder: Path) -> list[Path]:
-    """Return the checkpoints under ``folder``, oldest first."""
+    """Return the checkpoints under ``folder`` that are complete by their names, oldest first."""
     found = folder.glob("step-*") if folder.is_dir() else []
-    return sorted(path for path in found if _NAME.fullmatch(path.name) and (path / _FILES).is_file())
+    return sorted(
+        (path for path in found if _NAME.fullmatch(path.name) and (path / _FILES).is_file()), key=_age
+    )
 
 
-def load(path: Path) -> Checkpoint:
-    """Read a checkpoint after verifying sizes and checksums.
+def newest_intact(folder: Path, warn: Callable[[str], object]) -> Path | None:
+    """Return the newest checkpoint of which every byte is as it was written; None where there is none at all.
+
+    Newer ones that are damaged are renamed to ``damaged-step-00000500`` and told to ``warn``, never removed.
 
     Raises:
-        CheckpointError: a file is missing or differs; names them all.
+        CheckpointError: there are checkpoints, and all of them are damaged.
     """
-    problems = verify(path)
+    damaged: dict[Path, list[str]] = {}
+    for path in reversed(list_complete(folder)):
+        problems = verify(path)
+        if not problems:
+            break
+        damaged[path] = problems
+    else:
+        before = sorted(folder.glob("damaged-step-*"))
+        if damaged or before:
+            told = [f"{path}: {'; '.join(problems)}" for path, problems in damaged.items()]
+            raise CheckpointError(
+                "every checkpoint of this run is damaged:\n"
+                + "\n".join(
+                    f"  - {line}" for line in [*told, *(f"{path}: renamed before" for path in before)]
+                )
+                + "\nput back a copy of one of them, or set another output folder (or remove these) to start anew"
+            )
+        return None
+    if damaged:
+        _point_latest(folder, path)
+    for bad, problems in damaged.items():
+        aside = bad.rename(_unused(folder, f"damaged-{bad.name.partition('.')[0]}"))
+        warn(
+            f"checkpoint {bad} is DAMAGED: {'; '.join(problems)}. It is now {aside}; using {path.name} instead"
+        )
+    return path
+
+
+def load(path: Path, verified: bool = False) -> Checkpoint:
+    """Read a checkpoint after verifying sizes and checksums, unless that has been done.
+
+    Raises:
+        CheckpointError: a file is missing or differs (names them all), or another version has written it.
+    """
+    problems = [] if verified else verify(path)
     if problems:
-        raise CheckpointError(
-            f"checkpoint {path} is damaged: {'; '.join(problems)}. "
-            "Remove the folder to resume from the one before"
-        )
-    run = json.loads((path / "run.json").read_text(encoding="utf-8"))
-    students = {
-        name: EngineState(
-            weights=load_file(path / name / "weights.safetensors"),
-            moments=load_file(path / name / "moments.safetensors"),
-            **fields,
-        )
-        for name, fields in run.pop("students").items()
-    }
-    progress = Progress(**run.pop("progress"))
-    progress.quarantined = [(corpus, block) for corpus, block in progress.quarantined]
-    return Checkpoint(progress=progress, students=students, **run)
+        raise CheckpointError(f"checkpoint {path} is damaged: {'; '.join(problems)}")
+    run = read_run(path)
+    try:
+        students = {
+            name: EngineState(load_file(path / name / WEIGHTS), load_file(path / name / _MOMENTS), **fields)
+            for name, fields in run.pop("students").items()
+        }
+        progress = Progress(**run.pop("progress"))
+        progress.quarantined = [(corpus, block) for corpus, block in progress.quarantined]
+        return Checkpoint(progress=progress, students=students, **run)
+    except (KeyError, TypeError) as error:
+        raise CheckpointError(f"checkpoint {path} is of another version of this code: {error}") from error
 
 
-def verify(path: Path) -> list[str]:
-    """Return what is wrong with a checkpoint's files; empty when all is well."""
+def read_run(path: Path) -> dict[str, Any]:
+    """Return what a checkpoint says of its run: the fields of ``Checkpoint``, of its students but few."""
+    run: dict[str, Any] = json.loads((path / _RUN).read_text(encoding="utf-8"))
+    return run
+
+
+def file_sizes(path: Path) -> dict[str, int]:
+    """Return the bytes of every file of a checkpoint, as listed.
+
+    Raises:
+        OSError, ValueError: the list cannot be read.
+    """
+    listed = json.loads((path / _FILES).read_text(encoding="utf-8"))
+    return {name: expected["bytes"] for name, expected in listed.items()}
+
+
+def step_of(path: Path) -> int:
+    """Return the step of a checkpoint, from its name."""
+    return _age(path)[0]
+
+
+def verify(path: Path, files: Collection[str] | None = None) -> list[str]:
+    """Return what is wrong with a checkpoint's files, or with these of them; empty when all is well."""
     try:
         listed = json.loads((path / _FILES).read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
         return [f"{_FILES} cannot be read ({error})"]
     problems = []
-    for name, expected in listed.items():
+    for name in listed if files is None else files:
         file = path / name
-        if not file.is_file():
+        try:
+            size = file.stat().st_size
+            if name not in listed:
+                problems.append(f"{name} is not listed in {_FILES}")
+            elif size != listed[name]["bytes"]:
+                problems.append(f"{name} has {size} bytes instead of {listed[name]['bytes']}")
+            elif sha256(file) != listed[name]["sha256"]:
+                problems.append(f"{name} does not match its checksum")
+        except FileNotFoundError:
             problems.append(f"{name} is missing")
-        elif file.stat().st_size != expected["bytes"]:
-            problems.append(f"{name} has {file.stat().st_size} bytes instead of {expected['bytes']}")
-        elif sha256(file) != expected["sha256"]:
-            problems.append(f"{name} does not match its checksum")
+        except OSError as error:
+            problems.append(f"{name} cannot be read ({error})")
     return problems
 
 
-def check_same_run(path: Path, config: dict[str, Any], fingerprint: str, resumed: Checkpoint) -> None:
+def is_student(folder: str) -> bool:
+    """True for the folder of a student in a checkpoint, such as ``OUTPUT/checkpoints/step-00000500/small``."""
+    return Path(folder, WEIGHTS).is_file() and Path(folder).parent.joinpath(_FILES).is_file()
+
+
+def weight_shapes(folder: Path) -> dict[str, tuple[int, ...]]:
+    """Return the shape of every weight of a student in a checkpoint, by name, without reading them."""
+    with safe_open(folder / WEIGHTS, "pt") as file:
+        return {name: tuple(file.get_slice(name).get_shape()) for name in file.keys()}  # noqa: SIM118
+
+
+def check_same_run(path: Path, config: dict[str, Any], fingerprint: str) -> None:
     """Refuse to resume where that would not be the same run: other rows, another teacher, other students.
 
     Raises:
         CheckpointError: names every difference.
     """
+    resumed = read_run(path)
     problems = []
-    if fingerprint != resumed.fingerprint:
+    if fingerprint != resumed["fingerprint"]:
         problems.append(
-            f"the corpus or mixture has fingerprint {fingerprint}, the run was on {resumed.fingerprint}"
+            f"the corpus or mixture has fingerprint {fingerprint}, the run was on {resumed['fingerprint']}"
         )
     for key in (
         "train.seed",
@@ -145,11 +271,11 @@ def check_same_run(path: Path, config: dict[str, Any], fingerprint: str, resumed
         "teacher.model",
         "teacher.revision",
     ):
-        now, then = _at(config, key), _at(resumed.config, key)
+        now, then = _at(config, key), _at(resumed["config"], key)
         if now != then:
             problems.append(f"{key}={now!r}, the run has {then!r}")
     free = {"optimizer", "init", "compile"}
-    for number, (now, then) in enumerate(_pairs(config["students"], resumed.config["students"])):
+    for number, (now, then) in enumerate(_pairs(config["students"], resumed["config"]["students"])):
         for key in sorted(({*now} | {*then}) - free):
             if now.get(key) != then.get(key):
                 problems.append(f"students.{number}.{key}={now.get(key)!r}, the run has {then.get(key)!r}")
@@ -161,12 +287,35 @@ def check_same_run(path: Path, config: dict[str, Any], fingerprint: str, resumed
         )
 
 
+def _age(path: Path) -> tuple[int, int]:
+    found = _NAME.fullmatch(path.name)
+    assert found is not None, path
+    return int(found[1]), int(found[2] or 0)
+
+
+def _unused(folder: Path, name: str) -> Path:
+    """Return ``name`` under a folder, or after others of that name ``name.1``, ``name.2``."""
+    pattern = re.compile(rf"{name}(?:\.(\d+))?")
+    taken = [
+        int(found[1] or 0) for path in folder.glob(f"{name}*") if (found := pattern.fullmatch(path.name))
+    ]
+    return folder / (f"{name}.{max(taken) + 1}" if taken else name)
+
+
+def _point_latest(folder: Path, path: Path) -> None:
+    new = folder / f".{LATEST}.new"
+    new.unlink(missing_ok=True)
+    new.symlink_to(path.name)
+    new.replace(folder / LATEST)
+    sync(folder)
+
+
 def _write(folder: Path, checkpoint: Checkpoint) -> None:
     students = {}
     for name, state in checkpoint.students.items():
         (folder / name).mkdir()
-        _write_tensors(folder / name / "weights.safetensors", state.weights)
-        _write_tensors(folder / name / "moments.safetensors", state.moments)
+        _write_tensors(folder / name / WEIGHTS, state.weights)
+        _write_tensors(folder / name / _MOMENTS, state.moments)
         students[name] = {"updates": state.updates, "loss_scale": state.loss_scale}
     run = {
         "progress": asdict(checkpoint.progress),
@@ -177,8 +326,9 @@ def _write(folder: Path, checkpoint: Checkpoint) -> None:
         "tracking_run_ids": checkpoint.tracking_run_ids,
         "revision": checkpoint.revision,
         "world_size": checkpoint.world_size,
+        "heldout": checkpoint.heldout,
     }
-    (folder / "run.json").write_text(json.dumps(run, indent=1) + "\n", encoding="utf-8")
+    (folder / _RUN).write_text(json.dumps(run, indent=1) + "\n", encoding="utf-8")
 
 
 def _write_tensors(path: Path, tensors: dict[str, Tensor]) -> None:

@@ -1,4 +1,4 @@
-"""The clock of the step: seconds spent in its named parts."""
+"""The clocks: seconds spent in the named parts of a step, and between the stations before the first one."""
 
 import time
 from collections import Counter
@@ -6,6 +6,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
+import psutil
 import torch
 from torch.profiler import record_function
 
@@ -46,3 +47,18 @@ class Clock:
         event = torch.cuda.Event(enable_timing=True)
         event.record()
         return event
+
+
+class Stations:
+    """Seconds between the stations that a process passes once each, from its start by the system's record."""
+
+    def __init__(self) -> None:
+        self.seconds: dict[str, float] = {}
+        age_s = max(0.0, time.time() - psutil.Process().create_time())
+        self.started_s = self._last_s = time.monotonic() - age_s
+
+    def passed(self, name: str) -> None:
+        """Count the time since the station before under ``name``."""
+        now_s = time.monotonic()
+        self.seconds[name] = self.seconds.get(name, 0.0) + now_s - self._last_s
+        self._last_s = now_s

@@ -20,6 +20,7 @@ from torch import Tensor, nn
 
 from configs.student_schema import OptimizerConfig
 from trainer.capture import Captured
+from trainer.checkpoint import EngineState
 from trainer.models import Inputs, Student
 from trainer.world import World
 
@@ -39,16 +40,6 @@ from deepspeed.utils import (  # noqa: E402
 )
 
 MOMENTS = ("exp_avg", "exp_avg_sq")  # AdamW's first and second moment, under torch's names
-
-
-@dataclass(frozen=True)
-class EngineState:
-    """Everything that a student's optimization is, free of ranks and stages. All tensors float32 on CPU."""
-
-    weights: dict[str, Tensor]
-    moments: dict[str, Tensor]  # "exp_avg.NAME" and "exp_avg_sq.NAME"
-    updates: int  # optimizer updates applied; skipped steps are not counted
-    loss_scale: dict[str, float]  # fp16 only: the dynamic loss scaler's numbers
 
 
 @dataclass(frozen=True)
@@ -220,9 +211,9 @@ class Engine:
         for name, parameter in self.module.named_parameters():
             full = self._full(parameter)
             if self._world.is_main:
-                weights[name] = full[0].to("cpu", torch.float32).clone()
+                weights[name] = full[0].to("cpu", torch.float32, copy=True)
                 for key, value in zip(MOMENTS, full[1:], strict=True):
-                    moments[f"{key}.{name}"] = value.to("cpu", torch.float32).clone()
+                    moments[f"{key}.{name}"] = value.to("cpu", torch.float32, copy=True)
         return EngineState(weights, moments, self._updates(), self._loss_scale())
 
     def weights(self) -> Mapping[str, Tensor]:
@@ -231,11 +222,11 @@ class Engine:
         for name, parameter in self.module.named_parameters():
             full = parameter if self._stage == 0 else safe_get_full_fp32_param(parameter)
             if self._world.is_main:
-                weights[name] = full.detach().to("cpu", torch.float32).clone()
+                weights[name] = full.detach().to("cpu", torch.float32, copy=True)
         return weights
 
     def load(self, state: EngineState) -> None:
-        """Take over a state that is complete on every rank; the module was built with its weights."""
+        """Take over a state that is complete on every rank, whatever the engine did before (collective)."""
         for name, parameter in self.module.named_parameters():
             self._set(parameter, state.weights[name])
             for key in MOMENTS:
@@ -281,10 +272,16 @@ class Engine:
         return [safe_get_full_fp32_param(parameter), *moments]
 
     def _set(self, parameter: nn.Parameter, value: Tensor, moment: str | None = None) -> None:
-        """Set one parameter's float32 weights, or one of its moments, from the whole tensor."""
+        """Set one parameter's weights (float32, and in its own precision) or moment from the whole tensor."""
         value = value.to(self._world.device)
+        if moment is None and self._stage == 3:
+            with deepspeed.zero.GatheredParameters([parameter], modifier_rank=0):
+                parameter.data.copy_(value)
+        elif moment is None:
+            parameter.data.copy_(value)
         if self._stage == 0:
-            (self._adamw.state[parameter][moment] if moment else parameter.data).copy_(value)
+            if moment:
+                self._adamw.state[parameter][moment].copy_(value)
         elif self._stage < 3 and moment:
             safe_set_full_optimizer_state(parameter, value, moment)
         elif self._stage < 3:

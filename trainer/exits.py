@@ -3,6 +3,6 @@
 DONE = 0
 FAILED = 1  # started again it would fail again: by ``train.non_finite``, or a disk
 WRONG = 2  # something for the user to correct
-STOPPED = 75  # asked to leave (a signal, ``train.max_hours``): saved; start it again. EX_TEMPFAIL of sysexits.h
+STOPPED = 75  # asked to leave (a signal, ``train.max_hours``): saved; start again. sysexits.h's EX_TEMPFAIL
 LOST = 76  # another rank was lost, or nothing moved for too long; start it again from the newest checkpoint
 INTERRUPTED = 130  # Ctrl-C

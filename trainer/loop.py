@@ -9,6 +9,9 @@ if it had never been there. Ranks agree on it, because the gradient norm is glob
 (out of memory, a lost device) cannot be kept to one student: the other ranks wait for that rank in the
 collectives of the student's backward pass and step, and nothing could call them off. It ends the run, as a
 lost rank does.
+
+A *rollback* takes all students back to the newest checkpoint, since they share the rows. Those that had not
+failed repeat bitwise what they did.
 """
 
 from collections.abc import Iterable, Mapping
@@ -25,6 +28,7 @@ from sharding.stream import Batch, stream
 from trainer.checkpoint import Progress
 from trainer.engine import Engine, StepResult
 from trainer.evaluation import Encode, evaluate
+from trainer.interruption import Interruption
 from trainer.layout import row_counts
 from trainer.meter import CorpusMeter, LossMeter, SpeedMeter
 from trainer.models import Inputs
@@ -32,11 +36,18 @@ from trainer.profile import Profile
 from trainer.quarantine import mask_damaged
 from trainer.schedule import lr_multiplier
 from trainer.transfer import Transfer, denominators, distil, total, weights
-from trainer.world import World, sum_over_ranks
+from trainer.world import World, gather_over_ranks, sum_over_ranks
 
 
 class NonFiniteError(RuntimeError):
     """A loss or gradient became NaN or infinite, the policy says stop, and no other student can go on."""
+
+
+class _Rollback(Exception):
+    """A student failed and the policy is to go back to the newest checkpoint; on all ranks alike."""
+
+    def __init__(self, student: str, reason: str) -> None:
+        self.student, self.reason = student, reason
 
 
 @dataclass
@@ -48,7 +59,7 @@ class Trainee:
     engine: Engine
     losses: LossMeter = field(default_factory=LossMeter)
     by_corpus: CorpusMeter | None = None  # of a run on several corpora
-    grad_norm: float = 0.0  # of the last step, before clipping
+    result: StepResult = StepResult(0.0, applied=True)  # of the last step
     skipped_steps: int = 0  # over the whole run
     skipped_in_a_row: int = 0
 
@@ -70,6 +81,12 @@ class Listener(Protocol):
     def save(self, progress: Progress) -> None:
         """A checkpoint is due (collective)."""
 
+    def roll_back(self, name: str, reason: str) -> None:
+        """A student has failed: restore engines and progress from the newest checkpoint (collective)."""
+
+    def training(self, progress: Progress) -> None:
+        """The first step of this process is done."""
+
 
 @dataclass
 class Run:
@@ -87,6 +104,7 @@ class Run:
     separator: int | None = None
     """Id of the token that ends a document, where a row's documents are kept apart."""
     profile: Profile | None = None
+    interruption: Interruption = field(default_factory=Interruption)
 
     @property
     def active(self) -> list[Trainee]:
@@ -105,48 +123,66 @@ def total_steps(config: RunConfig, corpora: Corpora) -> int:
     return max(1, round(config.train.epochs * corpora.rows("train") / config.train.global_batch_rows))
 
 
-def train(run: Run, listener: Listener) -> None:
-    """Train all students to the run's last step (collective).
+def train(run: Run, listener: Listener) -> str | None:
+    """Train all students to the run's last step (collective); return why it was left early, None when done.
 
     Raises:
         NonFiniteError: by the policy ``train.non_finite``, when the last active student fails.
         CorpusError: a damaged shard.
     """
+    if run.progress.step == 0 and run.config.train.non_finite is NonFinite.rollback:
+        listener.save(run.progress)  # there is always one to go back to
+    while True:
+        try:
+            return _train(run, listener)
+        except _Rollback as failure:
+            listener.roll_back(failure.student, failure.reason)
+
+
+def _train(run: Run, listener: Listener) -> str | None:
     progress, config, end, clock = run.progress, run.config, run.total_steps, run.speed.clock
+    first = progress.step + 1
     if progress.step == 0 and config.evaluation.every_steps is not None:
         _evaluate(run, listener)
     for batch in run.speed.timed(_batches(run)):
         if config.data.damaged is Damaged.quarantine:
             batch = mask_damaged(batch, progress, run.world)
-        tokens = accumulate_gradients(run, batch)
+        tokens, leaving = accumulate_gradients(run, batch)
         for trainee in run.active:
-            rate = trainee.config.optimizer.lr * _multiplier(trainee, progress.step, end)
             with clock.part(f"{trainee.config.name}/optimizer"):
-                result = trainee.engine.step(rate)
-            _handle_non_finite(run, listener, trainee, result)
+                trainee.result = trainee.engine.step(_rate(run, trainee, progress.step))
+        _handle_non_finite(run, listener)
         progress.step += 1
         progress.rows = batch.position
         run.speed.add(config.train.global_batch_rows, tokens)
+        if progress.step == first:
+            listener.training(progress)
         if run.profile is not None:
             run.profile.step()
         if _due(config.log.every_steps, progress.step, end):
             _log(run, listener)
         if _due(config.evaluation.every_steps, progress.step, end):
             _evaluate(run, listener)
-        if _due(config.checkpoint.every_steps, progress.step, end) or progress.step == end:
+        if _due(config.checkpoint.every_steps, progress.step, end) or progress.step == end or leaving:
             listener.save(progress)
+        if leaving and progress.step < end:
+            return "; ".join(reason for reason in gather_over_ranks(run.interruption.reason) if reason)
+    return None
 
 
-def accumulate_gradients(run: Run, batch: Batch) -> int:
-    """Run the teacher and every student over one global step's rows; return its number of valid tokens.
+def accumulate_gradients(run: Run, batch: Batch) -> tuple[int, bool]:
+    """Run the teacher and every student over one global step's rows (collective).
+
+    Returns the step's number of valid tokens, and whether some rank has been asked to leave after it.
 
     Every loss is divided by the counts of the whole global step, which are known before the first micro
     batch: so neither ranks, nor micro batches, nor padding change loss or gradient.
     """
     device, size, clock = run.world.device, run.config.train.micro_batch_rows, run.speed.clock
     counts_B2 = row_counts(batch.ids_BS, batch.length_B, run.separator)
-    counts = sum_over_ranks(counts_B2.sum(dim=0).to(device))
-    tokens, pairs = counts.clamp(min=1).tolist()  # 0: every row of the step is masked
+    asked = torch.tensor([run.interruption.reason is not None])
+    tokens, pairs, leaving = sum_over_ranks(torch.cat([counts_B2.sum(dim=0), asked]).to(device)).tolist()
+    tokens, pairs = max(tokens, 1), max(pairs, 1)  # 0: every row of the step is masked
     for micro, start in enumerate(range(0, len(batch.length_B), size)):
         rows = slice(start, start + size)
         inputs = Inputs.of(batch, rows, device, run.separator)
@@ -166,38 +202,44 @@ def accumulate_gradients(run: Run, batch: Batch) -> int:
             trainee.losses.add(sums, counted)
             if trainee.by_corpus is not None:
                 trainee.by_corpus.add(sums, batch.corpus_B[rows].to(device), counts_B2[rows].to(device))
-    return int(tokens)
+    return tokens, bool(leaving)
 
 
-def _handle_non_finite(run: Run, listener: Listener, trainee: Trainee, result: StepResult) -> None:
-    """Apply ``train.non_finite`` to a step whose gradient norm was not finite; all ranks see the same norm.
+def _handle_non_finite(run: Run, listener: Listener) -> None:
+    """Apply ``train.non_finite`` to students whose gradient norm was not finite; all ranks see the same.
 
     A loss that is not finite has a gradient that is not finite. In fp16 a step now and then is left out to
     find the loss scale: that is no failure, and only ``max_skipped_steps`` in a row are one. A student that
-    fails is retired; the last active one ends the run.
+    fails is rolled back, or retired; the last active one ends the run.
     """
-    trainee.grad_norm = result.grad_norm
-    if result.applied:
-        trainee.skipped_in_a_row = 0
-        return
-    trainee.skipped_steps += 1
-    trainee.skipped_in_a_row += 1
-    scaling = run.config.deepspeed.precision is Precision.fp16
-    stop = run.config.train.non_finite is NonFinite.stop and not scaling
-    if not stop and trainee.skipped_in_a_row < run.config.train.max_skipped_steps:
-        return
-    name = trainee.config.name
-    reason = (
-        f"the loss or gradient of step {run.progress.step + 1} (rows from {run.progress.rows}) is not "
-        f"finite, {trainee.skipped_in_a_row} steps in a row; the weights are as before"
-    )
-    if len(run.active) == 1:
-        raise NonFiniteError(
-            f"student {name}: {reason}. Lower students.N.optimizer.lr, set max_grad_norm, or leave such "
-            "steps out with train.non_finite=skip; started again, the run resumes from its newest checkpoint"
+    train = run.config.train
+    skip = train.non_finite is NonFinite.skip or run.config.deepspeed.precision is Precision.fp16
+    for trainee in run.active:
+        if trainee.result.applied:
+            trainee.skipped_in_a_row = 0
+            continue
+        trainee.skipped_steps += 1
+        trainee.skipped_in_a_row += 1
+        if skip and trainee.skipped_in_a_row < train.max_skipped_steps:
+            continue
+        name = trainee.config.name
+        reason = (
+            f"the loss or gradient of step {run.progress.step + 1} (rows from {run.progress.rows}) is not "
+            f"finite, {trainee.skipped_in_a_row} steps in a row; the weights are as before"
         )
-    run.progress.retired[name] = reason
-    listener.retired(name, reason)
+        rollbacks = run.progress.rollbacks.get(name, 0)
+        if train.non_finite is NonFinite.rollback and rollbacks < train.max_rollbacks:
+            raise _Rollback(name, reason)
+        if rollbacks:
+            reason += f"; it was rolled back {rollbacks} times"
+        if len(run.active) == 1:
+            raise NonFiniteError(
+                f"student {name}: {reason}. Lower students.N.optimizer.lr, set max_grad_norm, leave such "
+                "steps out with train.non_finite=skip, or go back and on at a lower rate with =rollback; "
+                "started again, the run resumes from its newest checkpoint"
+            )
+        run.progress.retired[name] = reason
+        listener.retired(name, reason)
 
 
 def _log(run: Run, listener: Listener) -> None:
@@ -210,13 +252,13 @@ def _log(run: Run, listener: Listener) -> None:
         if trainee.by_corpus is not None:
             means = trainee.by_corpus.means(run.world.device)
             losses |= {key: value for key, value in means.items() if key.startswith("corpus/")}
-        lr = trainee.config.optimizer.lr * _multiplier(trainee, run.progress.step - 1, run.total_steps)
         students[trainee.config.name] = {
             **{f"loss/{key}": value for key, value in losses.items()},
             **(run.speed.of_student(trainee.config.name) if len(run.trainees) > 1 else {}),
-            "optimizer/lr": lr,
-            "optimizer/grad_norm": trainee.grad_norm,
+            "optimizer/lr": _rate(run, trainee, run.progress.step - 1),
+            "optimizer/grad_norm": trainee.result.grad_norm,
             "optimizer/skipped_steps": trainee.skipped_steps,
+            "optimizer/rollbacks": run.progress.rollbacks.get(trainee.config.name, 0),
         }
     listener.logged(run.progress, {**speed, **_position(run)}, students)
 
@@ -277,9 +319,12 @@ def _batches(run: Run) -> Iterable[Batch]:
     )
 
 
-def _multiplier(trainee: Trainee, step: int, steps: int) -> float:
+def _rate(run: Run, trainee: Trainee, step: int) -> float:
+    """The learning rate of the update after ``step`` completed steps."""
     optimizer = trainee.config.optimizer
-    return lr_multiplier(step, steps, optimizer.warmup, optimizer.decay.value, optimizer.min_lr_ratio)
+    decay = optimizer.decay.value
+    multiplier = lr_multiplier(step, run.total_steps, optimizer.warmup, decay, optimizer.min_lr_ratio)
+    return optimizer.lr * multiplier * run.progress.lr_scale.get(trainee.config.name, 1.0)
 
 
 def _due(every_steps: int | None, step: int, last_step: int) -> bool:

@@ -146,9 +146,13 @@ class SpeedMeter:
             rows_per_rank_s = rows_per_s / world.size
             figures["speed/tflops_per_rank"] = rows_per_rank_s * self.flops_per_row / 1e12
             figures["speed/mfu"] = rows_per_rank_s * self.floor_s_per_row
+        self.forget()
+        return figures
+
+    def forget(self) -> None:
+        """Begin a new span."""
         self.rows = self.tokens = self.steps = 0
         self.span_s = 0.0
-        return figures
 
     def of_student(self, name: str) -> dict[str, float]:
         """Return one student's own seconds per step over the span last reported."""

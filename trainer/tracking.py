@@ -226,6 +226,10 @@ class Run:
         """Queue the files of ``folder`` as artifacts under ``path``; leave them in place until ``finish``."""
         self._outbox.call(path, lambda: self._client.log_artifacts(self.id, str(folder), path))
 
+    def set_tag(self, key: str, value: str) -> None:
+        """Queue a tag."""
+        self._outbox.call(f"tag {key}", lambda: self._client.set_tag(self.id, key, value))
+
     def fail(self, reason: str) -> None:
         """Queue the status FAILED and the tag ``failed``, which says why; the run can still be logged to."""
 
@@ -236,9 +240,10 @@ class Run:
         self._outbox.call("status FAILED", send)
 
     def finish(self, status: str = "FINISHED", wait_s: float = 30.0) -> int:
-        """Send what is queued, close the run as FINISHED, FAILED or KILLED; return the points lost.
+        """Send what is queued, close the run, return the points lost.
 
-        Gives up ``wait_s`` after the last thing that the store took, and after ten times that in all.
+        ``status``: FINISHED, FAILED, KILLED or SCHEDULED (it goes on later). Gives up ``wait_s`` after the last
+        thing that the store took, and after ten times that in all.
         """
         self._outbox.call(f"status {status}", lambda: self._client.set_terminated(self.id, status))
         return self._outbox.close(wait_s)

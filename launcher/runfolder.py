@@ -1,0 +1,78 @@
+"""The folder of a run: who may write there, what happened so far, which MLflow runs it has."""
+
+import fcntl
+import json
+import logging
+import os
+import socket
+import time
+from datetime import datetime, timezone
+from pathlib import Path
+from typing import Any
+
+from sharding.files import write_text
+
+log = logging.getLogger("distil")
+
+CLAIM_WAIT_S = 60.0  # the job before may still be ending
+
+
+class RunFolder:
+    """A run's folder as rank 0 uses it."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+
+    def claim(self, wait_s: float = CLAIM_WAIT_S) -> None:
+        """Make the folder and take its lock, which goes when this process does, however it ends.
+
+        A lock of the kernel, by process (POSIX), not a file that could be left behind: none is ever stale,
+        and reader processes do not inherit it. Where the file system has no locks, a warning is all.
+
+        Raises:
+            ValueError: another process still holds it after ``wait_s``.
+        """
+        self.path.mkdir(parents=True, exist_ok=True)
+        lock = self.path / ".lock"
+        descriptor = os.open(lock, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o666)
+        until_s = time.monotonic() + wait_s
+        while True:
+            try:
+                fcntl.lockf(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                break
+            except (BlockingIOError, PermissionError):
+                if time.monotonic() >= until_s:
+                    holder = lock.read_text(encoding="utf-8").strip() or "unknown"
+                    raise ValueError(
+                        f"output={self.path} is being written by another job ({holder}); wait for it, end "
+                        "it, or set another output"
+                    ) from None
+                time.sleep(0.2)
+            except OSError as error:
+                log.warning("%s cannot be locked (%s): make sure that only one job writes there", lock, error)
+                break
+        os.truncate(descriptor, 0)
+        job = os.environ.get("SLURM_JOB_ID")
+        named = f"{socket.gethostname()}, pid {os.getpid()}" + (f", Slurm job {job}" if job else "")
+        os.pwrite(descriptor, named.encode(), 0)
+
+    def event(self, event: str, step: int, **facts: Any) -> None:
+        """Append a line to ``events.jsonl``: what happened, when (UTC) and after which step."""
+        at = datetime.now(timezone.utc).isoformat(timespec="milliseconds")
+        line = json.dumps({"at": at, "event": event, "step": step, **facts}) + "\n"
+        try:
+            with (self.path / "events.jsonl").open("a", encoding="utf-8") as file:
+                file.write(line)
+        except OSError as error:  # a full disk costs the line, not the run
+            log.warning("event %s of step %d could not be kept: %s", event, step, error)
+
+    def tracking_run_ids(self) -> dict[str, str]:
+        """Return the ids of the MLflow runs that ``keep_tracking_run_ids`` kept; empty for a new run."""
+        try:
+            return dict(json.loads((self.path / "mlflow.json").read_text(encoding="utf-8")))
+        except FileNotFoundError:
+            return {}
+
+    def keep_tracking_run_ids(self, run_ids: dict[str, str]) -> None:
+        """Keep the ids of the MLflow runs at once: a run killed before its first save continues them too."""
+        write_text(self.path / "mlflow.json", json.dumps(run_ids, indent=1) + "\n")
