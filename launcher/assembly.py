@@ -3,7 +3,6 @@
 import functools
 import logging
 from collections.abc import Callable
-from dataclasses import replace
 
 from transformers import PreTrainedConfig, PreTrainedModel
 
@@ -15,8 +14,9 @@ from trainer.checkpoint import Checkpoint, Progress
 from trainer.clock import Clock, Stations
 from trainer.flops import matrix_rate, student_row_flops, teacher_row_flops
 from trainer.loop import Run, Trainee, total_steps
-from trainer.meter import CorpusMeter, LossMeter, SpeedMeter
+from trainer.meter import CorpusMeter, SpeedMeter
 from trainer.models import build_student
+from trainer.rollback import restore
 from trainer.teacher import load_teacher
 from trainer.transfer import student_need, teacher_need
 from trainer.world import World
@@ -76,31 +76,6 @@ def make_trainee(
     if resumed is not None:
         restore(trainee, resumed)
     return trainee
-
-
-def restore(trainee: Trainee, checkpoint: Checkpoint) -> None:
-    """Take one student back to a checkpoint (collective)."""
-    trainee.engine.load(checkpoint.students[trainee.config.name])
-    trainee.skipped_steps = checkpoint.skipped_steps[trainee.config.name]
-    trainee.skipped_in_a_row = 0
-
-
-def roll_back(run: Run, checkpoint: Checkpoint, failed: str) -> None:
-    """Take all students back to a checkpoint and lower the rate of the one that failed (collective)."""
-    factor, before = run.config.train.rollback_lr_factor, run.progress
-    for trainee in run.trainees:
-        restore(trainee, checkpoint)
-        trainee.losses = LossMeter()
-        if trainee.by_corpus is not None:
-            trainee.by_corpus = CorpusMeter(
-                trainee.by_corpus.names, trainee.transfer, run.teacher_hidden_size
-            )
-    run.speed.forget()
-    run.progress = replace(
-        checkpoint.progress,
-        rollbacks=before.rollbacks | {failed: before.rollbacks.get(failed, 0) + 1},
-        lr_scale=before.lr_scale | {failed: before.lr_scale.get(failed, 1.0) * factor},
-    )
 
 
 def make_speed_meter(

@@ -1,9 +1,11 @@
 """What a run tells people: lines on rank 0's terminal, MLflow, and small files in the run folder."""
 
+import copy
 import json
 import logging
 import re
 import socket
+import time
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -13,13 +15,14 @@ from transformers import PreTrainedConfig
 from configs.load import to_dict
 from configs.schema import RunConfig
 from launcher import provenance
-from launcher.assembly import roll_back
 from launcher.runfolder import RunFolder
 from sharding.corpora import Corpora
 from trainer import checkpoint as checkpoints
 from trainer.checkpoint import Checkpoint, Progress
 from trainer.clock import Stations
 from trainer.loop import Run
+from trainer.rollback import roll_back
+from trainer.saving import Saved, Writer
 from trainer.tracking import Run as TrackedRun
 from trainer.tracking import flatten
 from trainer.world import on_main
@@ -125,6 +128,13 @@ class Reporter:
         self.folder = folder.path
         self.stations = stations
         self.revision = provenance.revision()
+        self.heldout: tuple[int, dict[str, float]] = (0, {})  # last evaluation: step, total loss by student
+        self.writer = Writer(
+            self.folder / "checkpoints",
+            self.config.checkpoint,
+            self.saved,
+            patience_s=self.config.timeouts.step_s / 4,  # the other ranks wait in a collective meanwhile
+        )
 
     def started(self, resumed: bool) -> None:
         """Say what is about to run, and log the files that tell what it is made of."""
@@ -190,6 +200,7 @@ class Reporter:
 
     def evaluated(self, progress: Progress, students: Mapping[str, dict[str, float]]) -> None:
         """Print, keep in ``evaluations.jsonl`` and log the held-out losses."""
+        self.heldout = progress.step, {name: losses["total"] for name, losses in students.items()}
         if not self.world.is_main:
             return
         for student, losses in students.items():
@@ -240,9 +251,9 @@ class Reporter:
 
     def roll_back(self, name: str, reason: str) -> None:
         """Restore everything from the newest checkpoint (collective), and say so loudly."""
-        folder, step = self.folder / "checkpoints", self.run.progress.step
-        newest = on_main(self.world, lambda: checkpoints.list_complete(folder)[-1])
-        roll_back(self.run, checkpoints.load(newest), name)
+        step = self.run.progress.step
+        newest = on_main(self.world, self.newest_checkpoint)
+        roll_back(self.run, checkpoints.load(newest, verified=self.world.is_main), name)
         scale = self.run.progress.lr_scale[name]
         log.warning(
             "student %s has FAILED: %s. All students go back to step %d; from now on its learning "
@@ -254,6 +265,18 @@ class Reporter:
         )
         self.event("rolled_back", student=name, reason=reason, from_step=step, lr_scale=scale)
 
+    def newest_checkpoint(self) -> Path:
+        """Return the newest intact checkpoint, that which is being written included; on rank 0.
+
+        Raises:
+            CheckpointError: there is none.
+        """
+        self.finish_saving()
+        newest = checkpoints.newest_intact(self.folder / "checkpoints", log.warning)
+        if newest is None:
+            raise checkpoints.CheckpointError(f"{self.folder} has no checkpoint to go back to: saving failed")
+        return newest
+
     def retired(self, name: str, reason: str) -> None:
         """Say loudly that a student has failed, and mark its run."""
         log.warning("student %s has FAILED and is retired: %s. The other students go on", name, reason)
@@ -262,12 +285,17 @@ class Reporter:
             self.tracked.fail(name, reason)
 
     def save(self, progress: Progress) -> None:
-        """Write a checkpoint (collective). A disk that is full costs this checkpoint, not the run."""
+        """Copy the run to host memory (collective), for the writer to save."""
+        with self.run.speed.clock.part("checkpoint"):
+            self._save(progress, since_s=time.perf_counter())
+
+    def _save(self, progress: Progress, since_s: float) -> None:
         states = {trainee.config.name: trainee.engine.state() for trainee in self.run.trainees}
         if not self.world.is_main:
             return
+        evaluated_step, heldout = self.heldout
         checkpoint = Checkpoint(
-            progress=progress,
+            progress=copy.deepcopy(progress),  # which goes on while this is written
             students=states,
             skipped_steps={trainee.config.name: trainee.skipped_steps for trainee in self.run.trainees},
             fingerprint=self.run.corpora.fingerprint,
@@ -275,19 +303,36 @@ class Reporter:
             tracking_run_ids=self.tracked.run_ids() if self.tracked is not None else {},
             revision=self.revision,
             world_size=self.world.size,
+            heldout=heldout if evaluated_step == progress.step else {},
         )
-        try:
-            path = checkpoints.save(self.folder / "checkpoints", checkpoint, self.config.checkpoint.keep_last)
-        except OSError as error:
+        self.writer.put(checkpoint, since_s)
+
+    def finish_saving(self) -> None:
+        """Wait for the save that is under way, for half of ``timeouts.step_s`` at most."""
+        self.writer.finish(self.config.timeouts.step_s / 2)
+
+    def saved(self, saved: Saved) -> None:
+        """Say what became of a checkpoint; called on rank 0 by the thread that wrote it."""
+        if saved.error is not None:
             log.warning(
                 "step %d could not be saved under %s: %s. The checkpoints before it are as they were; "
                 "the run goes on. Free space there before it ends",
-                progress.step,
+                saved.step,
                 self.folder,
-                error,
+                saved.error,
             )
+            self.run_folder.event("save_failed", saved.step, reason=str(saved.error))
             return
-        log.info("step %d/%d  saved %s", progress.step, self.run.total_steps, path)
+        log.info(
+            "step %d/%d  saved %s in %.1f s; training waited %.2f s",
+            saved.step,
+            self.run.total_steps,
+            saved.path,
+            saved.seconds,
+            saved.stall_s,
+        )
+        taken = {"seconds": round(saved.seconds, 3), "stall_s": round(saved.stall_s, 3)}
+        self.run_folder.event("saved", saved.step, **taken)
 
 
 def attention_dropout(config: PreTrainedConfig) -> str | None:

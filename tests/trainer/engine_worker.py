@@ -1,7 +1,8 @@
 """One rank of the engine tests: ``engine_worker.py CASES.json RESULTS.json``, started by test_engine.py.
 
 Every case trains a small student on fixed rows for three steps, saves its state, trains two more, restores
-the saved state into a new engine and trains the two again; last a step whose loss is NaN.
+the saved state into a new engine and trains the two again; then a step whose loss is NaN, and the two once
+more from the saved state, restored into the same engine.
 """
 
 import copy
@@ -113,9 +114,7 @@ def run_case(case: dict[str, Any], place: world.World, shared: Path) -> dict[str
     end = train(first, place, range(3, 5))
     final = first.weights()
 
-    module = make_student(case["dropout"])
-    module.load_state_dict(saved.weights)
-    second = fresh(module)
+    second = fresh(make_student(case["dropout"]))
     second.load(saved)
     restored = second.state()
     same_state = equal(restored.weights, first_on_main(saved.weights, place))
@@ -124,6 +123,8 @@ def run_case(case: dict[str, Any], place: world.World, shared: Path) -> dict[str
     bitwise = equal(second.weights(), final)
     skipped = train(second, place, range(5, 6), nan=True)
     kept = equal(second.weights(), final)
+    second.load(saved)
+    rewound = train(second, place, range(3, 5)) == again and equal(second.weights(), final)
 
     if place.is_main and case["name"] == "zero1" and not shared.exists():
         torch.save(saved, shared)
@@ -131,9 +132,7 @@ def run_case(case: dict[str, Any], place: world.World, shared: Path) -> dict[str
     elastic = None
     if shared.exists():
         other = torch.load(shared, weights_only=False)
-        module = make_student(case["dropout"])
-        module.load_state_dict(other.weights)
-        third = fresh(module)
+        third = fresh(make_student(case["dropout"]))
         third.load(other)
         elastic = train(third, place, range(3, 5))
     return {
@@ -144,6 +143,7 @@ def run_case(case: dict[str, Any], place: world.World, shared: Path) -> dict[str
         "loss_scale": [saved.loss_scale, restored.loss_scale],
         "restored": same_state and same_moments,
         "bitwise": bitwise,
+        "rewound": rewound,
         "skipped": skipped,
         "kept": kept,
         "elastic": elastic,

@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch.profiler import profile
 
-from trainer.clock import Clock
+from trainer.clock import Clock, Stations
 
 CPU = torch.device("cpu")
 
@@ -59,3 +59,17 @@ def test_on_cuda_it_is_the_time_of_the_device():
     torch.cuda.synchronize()
     wall_s = time.perf_counter() - started_s
     assert 0.5 * wall_s < clock.totals()["teacher"] < 1.1 * wall_s
+
+
+def test_stations_count_from_the_process_s_start_and_not_by_the_wall_clock(monkeypatch):
+    stations = Stations()
+    stations.passed("imports")
+    assert 0.1 < stations.seconds["imports"], "this process has imported torch"
+    now = time.monotonic()
+    assert stations.started_s == pytest.approx(now - stations.seconds["imports"], abs=1)
+    monkeypatch.setattr(time, "time", lambda: 0.0)
+    monkeypatch.setattr(time, "monotonic", lambda: now + 10)
+    stations.passed("teacher")
+    stations.passed("teacher")
+    assert stations.seconds["teacher"] == pytest.approx(10, abs=1)
+    assert list(stations.seconds) == ["imports", "teacher"]

@@ -138,6 +138,13 @@ def test_a_restored_state_continues_bitwise(
 
 
 @pytest.mark.parametrize(("ranks", "name"), every(EXACT + DROPOUT + LOW))
+def test_an_engine_goes_back_to_a_state_bitwise(
+    results: dict[int, dict[str, Any]], ranks: int, name: str
+) -> None:
+    assert results[ranks][name]["rewound"]
+
+
+@pytest.mark.parametrize(("ranks", "name"), every(EXACT + DROPOUT + LOW))
 def test_a_step_that_is_not_finite_leaves_the_weights_alone(
     results: dict[int, dict[str, Any]], ranks: int, name: str
 ) -> None:

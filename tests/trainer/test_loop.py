@@ -1,5 +1,8 @@
 """The loop with a real engine on one rank: when it tells what, how far it reads, what it refuses."""
 
+import copy
+import signal
+import time
 from collections.abc import Mapping
 from pathlib import Path
 
@@ -15,12 +18,14 @@ from sharding.manifest import open_corpus
 from tests.trainer.tiny import tiny_encoder
 from trainer import engine
 from trainer.capture import capture, enable_capture
-from trainer.checkpoint import Progress
+from trainer.checkpoint import Checkpoint, Progress
 from trainer.clock import Clock
 from trainer.engine import EngineState
+from trainer.interruption import Interruption
 from trainer.loop import NonFiniteError, Run, Trainee, total_steps, train
 from trainer.meter import SpeedMeter
 from trainer.models import build_student
+from trainer.rollback import roll_back
 from trainer.schedule import lr_multiplier
 from trainer.shapes import transfer
 from trainer.world import World
@@ -73,8 +78,6 @@ def make_run(
     trainees = []
     for student in config.students:
         module = build_student(student, lambda head: teacher, teacher.config, config.train.seed)
-        if student.name in states:
-            module.load(states[student.name].weights)
         own = engine.Engine(module, student.optimizer, derive(config, student, place.size, False), place)
         if student.name in states:
             own.load(states[student.name])
@@ -104,6 +107,7 @@ class Heard:
 
     def __init__(self) -> None:
         self.logs, self.evaluations, self.saves, self.retirements = [], [], [], []
+        self.firsts, self.rollbacks = [], []
 
     def logged(self, progress, speed, students):
         self.logs.append((progress.step, progress.rows, speed, students))
@@ -117,6 +121,12 @@ class Heard:
     def save(self, progress):
         self.saves.append((progress.step, progress.rows))
 
+    def training(self, progress):
+        self.firsts.append(progress.step)
+
+    def roll_back(self, name, reason):
+        self.rollbacks.append((name, reason))
+
 
 def test_everything_is_told_when_due_and_at_the_end(group, tiny_corpus):
     config, heard = configured(tiny_corpus), Heard()
@@ -124,7 +134,7 @@ def test_everything_is_told_when_due_and_at_the_end(group, tiny_corpus):
     train(run, heard)
     assert [(step, rows) for step, rows, *_ in heard.logs] == [(2, 16), (4, 32), (6, 48), (7, 56)]
     assert [step for step, _ in heard.evaluations] == [0, 3, 6, 7]
-    assert heard.saves == [(5, 40), (7, 56)]
+    assert heard.saves == [(5, 40), (7, 56)] and heard.firsts == [1]
     assert heard.evaluations[-1][1]["s"]["total"] < heard.evaluations[0][1]["s"]["total"]
     assert run.progress == Progress(step=7, rows=56)
     for step, _, speed, students in heard.logs:
@@ -143,6 +153,92 @@ def test_a_run_that_resumes_starts_where_it_stood(group, tiny_corpus):
     assert [(step, rows) for step, rows, *_ in heard.logs] == [(6, 48), (7, 56)]
     assert [step for step, _ in heard.evaluations] == [6, 7], "step 0 is behind"
     assert heard.saves == [(7, 56)]
+
+
+def test_asked_to_leave_it_finishes_the_step_saves_and_says_why(group, tiny_corpus):
+    run, heard = make_run(configured(tiny_corpus), Progress()), Heard()
+    run.interruption, plain = Interruption(rank=3), run.teach
+
+    def teach(inputs):
+        if run.progress.step == 2:
+            run.interruption._note(signal.SIGTERM, None)
+        return plain(inputs)
+
+    run.teach = teach
+    reason = train(run, heard)
+    assert reason is not None and reason.startswith("SIGTERM at rank 3 (")
+    # It came after the ranks had agreed about the third step, so the fourth is the last one.
+    assert run.progress == Progress(step=4, rows=32) and heard.saves == [(4, 32)]
+    assert train(run, heard) == reason and heard.saves[-1] == (5, 40), "it stands until the process ends"
+
+
+def test_asked_to_leave_in_the_last_step_it_is_simply_done(group, tiny_corpus):
+    run = make_run(configured(tiny_corpus), Progress(step=6, rows=48))
+    run.interruption = Interruption(max_hours=1.0, started_s=time.monotonic() - 3601)
+    assert train(run, Heard()) is None and run.progress.step == 7
+
+
+class Restoring(Heard):
+    """Keeps states and goes back to the newest, as a run does with its checkpoints."""
+
+    def __init__(self, run):
+        super().__init__()
+        self.run, self.kept = run, None
+
+    def save(self, progress):
+        super().save(progress)
+        own = {trainee.config.name: trainee.engine.state() for trainee in self.run.trainees}
+        skipped = {trainee.config.name: trainee.skipped_steps for trainee in self.run.trainees}
+        self.kept = Checkpoint(copy.deepcopy(progress), own, skipped, "", {}, {}, "", 1)
+
+    def roll_back(self, name, reason):
+        super().roll_back(name, reason)
+        roll_back(self.run, self.kept, name)
+
+
+@pytest.mark.parametrize("failing_step", [1, 4])
+def test_a_rollback_takes_all_back_and_lowers_the_rate_of_the_one_that_failed(
+    group, tiny_corpus, failing_step
+):
+    """b computes NaN once, when a has made the step already; a must end as if nothing had been."""
+    rates = [f"students.{number}.optimizer.lr=0.01" for number in (0, 1)]
+    settings = [*rates, "train.non_finite=rollback", "checkpoint.every_steps=2"]
+    alone, run = (make_run(configured(tiny_corpus, TWO, *settings), Progress()) for _ in range(2))
+    train(alone, Restoring(alone))
+    calls = []
+
+    def fail_once(module, inputs, output):
+        if module.training and run.progress.step + 1 == failing_step and not calls:
+            calls.append(failing_step)
+            return output * float("nan")
+        return output
+
+    run.trainees[1].engine.module.encoder.embeddings.register_forward_hook(fail_once)
+    heard = Restoring(run)
+    assert train(run, heard) is None
+    ((name, reason),) = heard.rollbacks
+    assert name == "b" and f"step {failing_step} " in reason and heard.retirements == []
+    assert run.progress == Progress(7, 56, rollbacks={"b": 1}, lr_scale={"b": 0.5})
+    after, expected = (each.trainees[0].engine.state() for each in (run, alone))
+    assert all(torch.equal(after.weights[key], expected.weights[key]) for key in expected.weights)
+    assert all(torch.equal(after.moments[key], expected.moments[key]) for key in expected.moments)
+    last = heard.logs[-1][3]
+    assert (
+        last["b"]["optimizer/lr"] == last["a"]["optimizer/lr"] / 2 and last["b"]["optimizer/rollbacks"] == 1
+    )
+    again = [step for step, *_ in heard.logs]
+    assert again == [2, 4, 6, 7], "what was being measured when it failed is measured anew"
+
+
+def test_rollbacks_are_bounded(group, tiny_corpus):
+    settings = ["train.non_finite=rollback", "train.max_rollbacks=2"]
+    run = make_run(configured(tiny_corpus, TWO, *settings), Progress())
+    poison(run.trainees[1])
+    heard = Restoring(run)
+    train(run, heard)
+    ((name, reason),) = heard.retirements
+    assert name == "b" and reason.endswith("; it was rolled back 2 times")
+    assert run.progress.lr_scale == {"b": 0.25} and run.progress.step == 7
 
 
 def test_a_run_that_is_done_does_nothing(group, tiny_corpus):
