@@ -46,36 +46,10 @@ def write_tiny_tokenizer(folder: Path) -> Path:
     return folder
 
 
-def heed_interrupts() -> None:
-    """Before exec: take Ctrl-C again, which a shell's background jobs, and so their children, ignore."""
-    signal.signal(signal.SIGINT, signal.SIG_DFL)
-
-
-@contextlib.contextmanager
-def small_disk(folder: Path, size: int) -> Iterator[Path]:
-    """A file system of ``size`` bytes, mounted at ``folder``; skips the test where that is not allowed."""
-    folder.mkdir()
-    libc = ctypes.CDLL(None, use_errno=True)
-    if libc.mount(b"tmpfs", str(folder).encode(), b"tmpfs", 0, f"size={size}".encode()):
-        pytest.skip(f"a small tmpfs cannot be mounted here: {os.strerror(ctypes.get_errno())}")
-    try:
-        yield folder
-    finally:
-        libc.umount2(str(folder).encode(), 2)
-
-
-@pytest.fixture(scope="session")
-def tiny_tokenizer(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Folder of a fast BERT tokenizer of about 230 tokens (pad 0, unk 1, cls 2, sep 3, mask 4)."""
-    return write_tiny_tokenizer(tmp_path_factory.mktemp("tokenizer"))
-
-
-@pytest.fixture(scope="session")
-def tiny_corpus(tmp_path_factory: pytest.TempPathFactory, tiny_tokenizer: Path) -> Path:
+def write_tiny_corpus(root: Path, tokenizer_folder: Path) -> Path:
     """A corpus of 32-token rows, 64 rows a block: about 640 train rows in 5 shards, 87 held-out rows."""
-    root = tmp_path_factory.mktemp("corpus") / "tiny"
-    tokenizer = load_tokenizer(str(tiny_tokenizer), None)
-    info = tokenizer_info(tokenizer, str(tiny_tokenizer), None)
+    tokenizer = load_tokenizer(str(tokenizer_folder), None)
+    info = tokenizer_info(tokenizer, str(tokenizer_folder), None)
     random = np.random.default_rng(0)
     splits = {}
     for split, shard_documents in {"train": [96] * 5, "heldout": [60]}.items():
@@ -121,3 +95,33 @@ def tiny_corpus(tmp_path_factory: pytest.TempPathFactory, tiny_tokenizer: Path) 
     )
     (root / "manifest.json").write_text(manifest.to_json(), encoding="utf-8")
     return root
+
+
+def heed_interrupts() -> None:
+    """Before exec: take Ctrl-C again, which a shell's background jobs, and so their children, ignore."""
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
+
+
+@contextlib.contextmanager
+def small_disk(folder: Path, size: int) -> Iterator[Path]:
+    """A file system of ``size`` bytes, mounted at ``folder``; skips the test where that is not allowed."""
+    folder.mkdir()
+    libc = ctypes.CDLL(None, use_errno=True)
+    if libc.mount(b"tmpfs", str(folder).encode(), b"tmpfs", 0, f"size={size}".encode()):
+        pytest.skip(f"a small tmpfs cannot be mounted here: {os.strerror(ctypes.get_errno())}")
+    try:
+        yield folder
+    finally:
+        libc.umount2(str(folder).encode(), 2)
+
+
+@pytest.fixture(scope="session")
+def tiny_tokenizer(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Folder of a fast BERT tokenizer of about 230 tokens (pad 0, unk 1, cls 2, sep 3, mask 4)."""
+    return write_tiny_tokenizer(tmp_path_factory.mktemp("tokenizer"))
+
+
+@pytest.fixture(scope="session")
+def tiny_corpus(tmp_path_factory: pytest.TempPathFactory, tiny_tokenizer: Path) -> Path:
+    """A corpus of 32-token rows, 64 rows a block: about 640 train rows in 5 shards, 87 held-out rows."""
+    return write_tiny_corpus(tmp_path_factory.mktemp("corpus") / "tiny", tiny_tokenizer)
