@@ -24,6 +24,7 @@ import torch.distributed as dist
 
 from configs.deepspeed import derive
 from configs.load import ConfigError, load_config, to_dict, to_yaml
+from configs.public import log_publicly, public
 from configs.schema import RunConfig
 from launcher import provenance
 from launcher.assembly import build
@@ -69,9 +70,7 @@ def main() -> int:
     if arguments.profile_steps is not None and arguments.profile_steps < 1:
         parser.error(f"--profile-steps {arguments.profile_steps} is less than 1")
     is_main = os.environ.get("RANK", os.environ.get("SLURM_PROCID", "0")) == "0"
-    logging.basicConfig(
-        level=logging.INFO if is_main else logging.ERROR, format="%(asctime)s %(message)s", datefmt="%H:%M:%S"
-    )
+    log_publicly(logging.INFO if is_main else logging.ERROR, "%(asctime)s %(message)s")
     logging.getLogger("sharding").setLevel(logging.WARNING)  # what goes wrong in reading, on every rank
     for chatty in ("httpx", "mlflow", "alembic"):
         logging.getLogger(chatty).setLevel(logging.WARNING)
@@ -81,7 +80,7 @@ def main() -> int:
     except (ValueError, OSError, NonFiniteError) as error:
         alone = dist.is_initialized() and not isinstance(error, NonFiniteError)
         if is_main or alone:  # before the ranks meet, and for what all of them see, one message is enough
-            print(f"\nerror: {error}", file=sys.stderr, flush=True)
+            print(public(f"\nerror: {error}"), file=sys.stderr, flush=True)
         return exits.WRONG if isinstance(error, ValueError) else exits.FAILED
     except KeyboardInterrupt:
         if is_main:
@@ -112,7 +111,8 @@ def distil(config: RunConfig, stations: Stations, profile_steps: int | None = No
     folder = RunFolder(Path(config.output))
     world.on_main(place, folder.claim)
     newest = world.on_main(place, lambda: newest_checkpoint(config, corpora))
-    resumed = checkpoints.load(newest) if newest is not None else None
+    # Rank 0 has just verified it; what the others read may have come another way.
+    resumed = checkpoints.load(newest, verified=place.is_main) if newest is not None else None
     stations.passed("checkpoint")
     tracked = start_tracking(config, place, corpora, resumed, folder)
     stations.passed("tracking")
@@ -126,7 +126,10 @@ def distil(config: RunConfig, stations: Stations, profile_steps: int | None = No
         reporter.started(resumed=newest is not None)
         if profile_steps is not None:
             run.profile = Profile(folder.path / "profile", place, run.speed, profile_steps, log.info)
-        stopped = train(run, reporter)
+        try:
+            stopped = train(run, reporter)
+        finally:
+            reporter.finish_saving()
         if run.profile is not None:
             run.profile.close()
         if stopped is None:
@@ -151,18 +154,15 @@ def distil(config: RunConfig, stations: Stations, profile_steps: int | None = No
 
 
 def newest_checkpoint(config: RunConfig, corpora: Corpora) -> Path | None:
-    """Return the newest checkpoint in the output folder; None for a new run.
+    """Return the newest intact checkpoint in the output folder; None for a new run.
 
     Raises:
-        CheckpointError: the checkpoint is damaged or belongs to another run.
+        CheckpointError: all are damaged, or it belongs to another run.
     """
-    complete = checkpoints.list_complete(Path(config.output) / "checkpoints")
-    if not complete:
-        return None
-    checkpoints.check_same_run(
-        complete[-1], to_dict(config), corpora.fingerprint, checkpoints.load(complete[-1])
-    )
-    return complete[-1]
+    newest = checkpoints.newest_intact(Path(config.output) / "checkpoints", log.warning)
+    if newest is not None:
+        checkpoints.check_same_run(newest, to_dict(config), corpora.fingerprint)
+    return newest
 
 
 def start_tracking(

@@ -5,8 +5,8 @@ renamed, so a folder under a final name is complete by construction; ``files.jso
 SHA-256 of every file, against which it is verified on load. Nothing is ever replaced: a step that is saved
 again becomes ``step-00000500.1``, and counts as newer. Older ones go after that, as ``retained`` says.
 
-Which one is the newest follows from the names alone. ``latest`` is a link for people, and never dangles: it is
-replaced by a rename, after the new checkpoint has its name and before any other goes.
+Which one is the newest follows from the names alone. ``latest`` is a link for people, and never dangles: a
+rename replaces it, after the new checkpoint has its name and before any other goes.
 
 Weights and moments are whole float32 tensors by parameter name in safetensors (nothing is unpickled), the
 same for every ZeRO stage, precision and number of ranks. Random numbers need no state: dropout is seeded
@@ -15,7 +15,6 @@ from (seed, step, rank, micro batch), see ``trainer.loop``, and the data order f
 
 import json
 import math
-import os
 import re
 import shutil
 from collections import defaultdict
@@ -131,10 +130,7 @@ def best(complete: Sequence[Path]) -> dict[str, Path]:
 
 def list_complete(folder: Path) -> list[Path]:
     """Return the checkpoints under ``folder`` that are complete by their names, oldest first."""
-    found = folder.glob("step-*") if folder.is_dir() else []
-    return sorted(
-        (path for path in found if _NAME.fullmatch(path.name) and (path / _FILES).is_file()), key=_age
-    )
+    return [path for path in _named(folder) if (path / _FILES).is_file()]
 
 
 def newest_intact(folder: Path, warn: Callable[[str], object]) -> Path | None:
@@ -145,31 +141,24 @@ def newest_intact(folder: Path, warn: Callable[[str], object]) -> Path | None:
     Raises:
         CheckpointError: there are checkpoints, and all of them are damaged.
     """
-    damaged: dict[Path, list[str]] = {}
-    for path in reversed(list_complete(folder)):
-        problems = verify(path)
-        if not problems:
+    damaged: dict[Path, str] = {}
+    for path in reversed(_named(folder)):
+        if not (problems := verify(path)):
             break
-        damaged[path] = problems
+        damaged[path] = "; ".join(problems)
     else:
-        before = sorted(folder.glob("damaged-step-*"))
-        if damaged or before:
-            told = [f"{path}: {'; '.join(problems)}" for path, problems in damaged.items()]
+        before = dict.fromkeys(sorted(folder.glob("damaged-step-*")), "found damaged before")
+        if told := "".join(f"\n  - {path}: {why}" for path, why in (damaged | before).items()):
             raise CheckpointError(
-                "every checkpoint of this run is damaged:\n"
-                + "\n".join(
-                    f"  - {line}" for line in [*told, *(f"{path}: renamed before" for path in before)]
-                )
-                + "\nput back a copy of one of them, or set another output folder (or remove these) to start anew"
+                f"every checkpoint of this run is damaged:{told}\nput back a copy of one of them; to start "
+                "anew, remove them or set another output folder"
             )
         return None
     if damaged:
         _point_latest(folder, path)
-    for bad, problems in damaged.items():
+    for bad, why in damaged.items():
         aside = bad.rename(_unused(folder, f"damaged-{bad.name.partition('.')[0]}"))
-        warn(
-            f"checkpoint {bad} is DAMAGED: {'; '.join(problems)}. It is now {aside}; using {path.name} instead"
-        )
+        warn(f"checkpoint {bad} is DAMAGED: {why}. It is now {aside}; going back to {path.name}")
     return path
 
 
@@ -241,7 +230,7 @@ def verify(path: Path, files: Collection[str] | None = None) -> list[str]:
 
 
 def is_student(folder: str) -> bool:
-    """True for the folder of a student in a checkpoint, such as ``OUTPUT/checkpoints/step-00000500/small``."""
+    """True for a student's folder in a checkpoint, such as ``OUTPUT/checkpoints/step-00000500/small``."""
     return Path(folder, WEIGHTS).is_file() and Path(folder).parent.joinpath(_FILES).is_file()
 
 
@@ -285,6 +274,11 @@ def check_same_run(path: Path, config: dict[str, Any], fingerprint: str) -> None
             + "\n".join(f"  - {problem}" for problem in problems)
             + "\nset them back to go on with that run, or set another output folder to start a new one"
         )
+
+
+def _named(folder: Path) -> list[Path]:
+    found = folder.glob("step-*") if folder.is_dir() else []
+    return sorted((path for path in found if _NAME.fullmatch(path.name) and path.is_dir()), key=_age)
 
 
 def _age(path: Path) -> tuple[int, int]:

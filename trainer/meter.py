@@ -98,7 +98,8 @@ class SpeedMeter:
     floor_s_per_row: float
     """Seconds that one rank's matrix units would need for a row's operations at their measured rate."""
     clock: Clock
-    """Takes the time of a step's parts: ``data``, ``teacher``, ``<student>/<part>`` for all of ``PARTS``."""
+    """Takes the time of a step's parts: ``data``, ``teacher``, ``<student>/<part>`` for all of ``PARTS``; and
+    of ``checkpoint``, between steps."""
     rows: int = 0  # since the last report, over all ranks
     tokens: int = 0
     steps: int = 0
@@ -108,6 +109,7 @@ class SpeedMeter:
     parts_s: dict[str, float] = field(default_factory=dict)  # per step of the span last reported
     _clock_s: dict[str, float] = field(default_factory=dict)  # the clock's, at the last report
     _asked_s: float = 0.0  # when the step in progress asked for its rows
+    _reported_s: float = field(default_factory=time.perf_counter)  # when the last report was made
 
     def timed(self, batches: Iterable[Batch]) -> Iterator[Batch]:
         """Yield the batches; the time that each step waits for its own is kept."""
@@ -140,6 +142,7 @@ class SpeedMeter:
             "time/eta_s": rows_left * self.total_s / self.total_rows,
             **{f"time/{part}_s": part_s for part, part_s in split_s.items()},
             **{f"share/{part}": part_s * self.steps / self.span_s for part, part_s in split_s.items()},
+            **self._checkpoint(),
             **_memory(world),
         }
         if self.flops_per_row is not None:
@@ -154,13 +157,21 @@ class SpeedMeter:
         self.rows = self.tokens = self.steps = 0
         self.span_s = 0.0
 
+    def _checkpoint(self) -> dict[str, float]:
+        """Seconds that saves have held training up since the last report; their share of all time."""
+        waited_s, before_s = self.parts_s.get("checkpoint", 0.0) * self.steps, self._reported_s
+        self._reported_s = time.perf_counter()
+        share = waited_s / (self._reported_s - before_s)
+        return {"time/checkpoint_s": waited_s, "share/checkpoint": share}
+
     def of_student(self, name: str) -> dict[str, float]:
         """Return one student's own seconds per step over the span last reported."""
         return {f"time/{part}_s": self.parts_s.get(f"{name}/{part}", 0.0) for part in PARTS}
 
     def seconds(self) -> dict[str, float]:
-        """Return the seconds that all parts, and all steps as ``step``, have taken in this process."""
-        return {"step": self.total_s + self.span_s, **self.clock.totals()}
+        """Return the seconds that all parts of steps, and all steps as ``step``, have taken in this process."""
+        parts_s = {part: own_s for part, own_s in self.clock.totals().items() if part != "checkpoint"}
+        return {"step": self.total_s + self.span_s, **parts_s}
 
     def _split(self) -> dict[str, float]:
         """Seconds per step of the span's parts, over all students; they add up to the step.

@@ -1,6 +1,5 @@
-"""Checkpoints: what is read is what was written; damage, a kill or a full disk harms no other one."""
+"""Saving: what is read is what was written; a kill or a full disk harms no other checkpoint."""
 
-import copy
 import os
 import shutil
 import signal
@@ -9,77 +8,23 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
-import torch
 
-from configs.load import to_dict
-from configs.schema import DataConfig, RunConfig, TeacherConfig
-from configs.student_schema import StudentConfig
+from configs.schema import CheckpointConfig
 from tests.conftest import small_disk
-from trainer.checkpoint import (
-    Checkpoint,
-    CheckpointError,
-    Progress,
-    check_same_run,
-    list_complete,
-    load,
-    save,
-    verify,
-)
-from trainer.engine import EngineState
-
-
-def checkpoint(step: int, numbers: int = 100, names: tuple[str, ...] = ("a", "b.2")) -> Checkpoint:
-    """Tensors that tell step and student apart."""
-    generator = torch.Generator().manual_seed(step)
-
-    def state(number: int) -> EngineState:
-        weights = {
-            "encoder.w": torch.randn(numbers, generator=generator) + number,
-            "bias": torch.full((3,), 1e-40 * step),  # denormal
-        }
-        moments = {f"{key}.{name}": w * w for key in ("exp_avg", "exp_avg_sq") for name, w in weights.items()}
-        return EngineState(
-            weights, moments, updates=step - 1, loss_scale={"cur_scale": 2.0**16, "cur_iter": 3}
-        )
-
-    return Checkpoint(
-        progress=Progress(step, 24 * step),
-        students={name: state(number) for number, name in enumerate(names)},
-        skipped_steps={name: 1 for name in names},
-        fingerprint="f" * 64,
-        config={"name": "run", "nested": {"list": [1, 2.5, None, "ü"]}},
-        tracking_run_ids={"": "run-id", "a": "child-id"},
-        revision="0123abcd-dirty",
-        world_size=2,
-    )
-
-
-def assert_equal(read: Checkpoint, written: Checkpoint) -> None:
-    assert replace(read, students={}) == replace(written, students={})
-    assert list(read.students) == list(written.students)
-    for name, state in written.students.items():
-        other = read.students[name]
-        assert (other.updates, other.loss_scale) == (state.updates, state.loss_scale)
-        for ours, theirs in ((state.weights, other.weights), (state.moments, other.moments)):
-            assert ours.keys() == theirs.keys()
-            assert all(torch.equal(ours[key], theirs[key]) for key in ours)
-            assert all(value.dtype == torch.float32 for value in theirs.values())
-
-
-def names(folder: Path) -> list[str]:
-    return sorted(path.name for path in folder.iterdir())
+from tests.trainer.saved import assert_equal, checkpoint, keep, names
+from trainer.checkpoint import best, list_complete, load, newest_intact, retained, save, step_of, verify
 
 
 def test_what_is_read_is_what_was_written(tmp_path):
     written = checkpoint(7)
-    path = save(tmp_path / "checkpoints", written, keep_last=2)
+    path = save(tmp_path / "checkpoints", written, keep(2))
     assert path == tmp_path / "checkpoints" / "step-00000007" and verify(path) == []
     assert_equal(load(path), written)
     assert names(path.parent) == ["step-00000007"]
 
 
 def test_the_same_bytes_for_the_same_state(tmp_path):
-    paths = [save(tmp_path / name, checkpoint(3), 1) for name in ("one", "two")]
+    paths = [save(tmp_path / name, checkpoint(3), keep(1)) for name in ("one", "two")]
     files = [sorted(path.relative_to(root) for path in root.rglob("*")) for root in paths]
     assert files[0] == files[1] and len(files[0]) == 8
     for file in files[0]:
@@ -90,14 +35,17 @@ def test_the_same_bytes_for_the_same_state(tmp_path):
 def test_the_newest_is_last_and_nothing_else_is_listed(tmp_path):
     assert list_complete(tmp_path / "none") == []
     for step in (100, 9, 20):
-        save(tmp_path, checkpoint(step), keep_last=9)
+        save(tmp_path, checkpoint(step), keep(9))
     for other in ("step-7", "step-00000030", ".step-00000040.partial", "notes"):
         (tmp_path / other).mkdir()
     shutil.copy(tmp_path / "step-00000009/files.json", tmp_path / "step-7/files.json")
     (tmp_path / "step-00000050").write_text("a file")
+    save(tmp_path, checkpoint(20), keep(9))
+    shutil.copytree(tmp_path / "step-00000020.1", tmp_path / "step-00000020.10")
     assert [path.name for path in list_complete(tmp_path)] == [
         "step-00000009",
-        "step-00000020",
+        "step-00000020.1",
+        "step-00000020.10",
         "step-00000100",
     ]
 
@@ -105,17 +53,17 @@ def test_the_newest_is_last_and_nothing_else_is_listed(tmp_path):
 @pytest.mark.parametrize("keep_last", [1, 2, 3])
 def test_the_newest_are_kept(tmp_path, keep_last):
     for step in range(1, 6):
-        save(tmp_path, checkpoint(step), keep_last)
+        save(tmp_path, checkpoint(step), keep(keep_last))
         kept = [f"step-{number:08d}" for number in range(1, step + 1)][-keep_last:]
         assert names(tmp_path) == kept
 
 
 def test_older_ones_go_only_after_the_newer_one_is_complete(tmp_path):
-    save(tmp_path, checkpoint(1), keep_last=1)
+    save(tmp_path, checkpoint(1), keep(1))
     broken = checkpoint(2)
     broken.config["unwritable"] = object()  # met after the tensors have been written
     with pytest.raises(TypeError, match="not JSON serializable"):
-        save(tmp_path, broken, keep_last=1)
+        save(tmp_path, broken, keep(1))
     assert names(tmp_path) == ["step-00000001"]
     assert_equal(load(tmp_path / "step-00000001"), checkpoint(1))
 
@@ -129,62 +77,71 @@ def test_everything_is_on_disk_before_it_bears_its_name(tmp_path, monkeypatch):
         fsync(descriptor)
 
     monkeypatch.setattr(os, "fsync", record)
-    final = save(tmp_path, checkpoint(1), keep_last=1)
+    final = save(tmp_path, checkpoint(1), keep(1))
     partial = f"{tmp_path}/.step-00000001.partial"
     inside = {str(path).replace(str(final), partial) for path in final.rglob("*")}
     assert set(flushed) == {*inside, partial, str(tmp_path)}
-    assert flushed[-3:] == [f"{partial}/files.json", partial, str(tmp_path)]  # listed last, then named
+    # Listed last, then named, then linked.
+    assert flushed[-4:] == [f"{partial}/files.json", partial, str(tmp_path), str(tmp_path)]
 
 
-def test_a_checkpoint_of_the_same_step_is_replaced(tmp_path):
-    save(tmp_path, checkpoint(1), keep_last=2)
-    newer = replace(checkpoint(1, numbers=7), revision="newer")
-    assert_equal(load(save(tmp_path, newer, keep_last=2)), newer)
-    assert names(tmp_path) == ["step-00000001"]
+def test_a_step_that_is_saved_again_replaces_nothing_and_counts_as_newer(tmp_path):
+    save(tmp_path, checkpoint(1), keep(2))
+    for number in (1, 2):
+        newer = replace(checkpoint(1, numbers=7 * number), revision="newer")
+        path = save(tmp_path, newer, keep(2))
+        assert_equal(load(path), newer)
+        assert (step_of(path), names(tmp_path)) == (1, [f"step-00000001.{number}"])  # the older one went last
 
 
-def test_damage_is_found_and_all_of_it_named(tmp_path):
-    path = save(tmp_path, checkpoint(1), keep_last=1)
-    flipped, cut, gone = path / "a/weights.safetensors", path / "a/moments.safetensors", path / "run.json"
-    data = bytearray(flipped.read_bytes())
-    data[-1] ^= 1
-    flipped.write_bytes(data)
-    size = cut.stat().st_size
-    os.truncate(cut, size - 4)
-    gone.unlink()
-    with pytest.raises(CheckpointError, match="is damaged: .* Remove the folder to resume from") as error:
-        load(path)
-    assert "a/weights.safetensors does not match its checksum" in str(error.value)
-    assert f"a/moments.safetensors has {size - 4} bytes instead of {size}" in str(error.value)
-    assert "run.json is missing" in str(error.value)
-    assert "b.2" not in str(error.value)
+@pytest.mark.parametrize(
+    ("settings", "kept"),
+    [
+        (keep(1), {70: ["last"]}),
+        (keep(2, every=20), {20: ["every 20"], 40: ["every 20"], 60: ["last", "every 20"], 70: ["last"]}),
+        (keep(1, best=True), {30: ["best of a"], 50: ["best of b"], 70: ["last"]}),
+        (keep(1, every=50, best=True), {30: ["best of a"], 50: ["every 50", "best of b"], 70: ["last"]}),
+    ],
+)
+def test_what_is_kept(tmp_path, settings, kept):
+    """The best of a comes at 30 and again at 40, of b at 50; what is not a finite number is no best."""
+    nan, inf = float("nan"), float("inf")
+    heldout = {
+        0: {"a": 9.0, "b": 9.0},
+        10: {"a": nan, "b": 2.0},
+        20: {},
+        30: {"a": 1.0, "b": 3.0},
+        40: {"a": 1.0, "b": 1.5},
+        50: {"a": 2.0, "b": 1.25},
+        60: {"a": 3.0},
+        70: {"a": nan, "b": -inf},
+    }
+    for step, losses in heldout.items():
+        path = save(tmp_path, replace(checkpoint(step, numbers=1), heldout=losses), settings)
+        assert load(path).heldout == pytest.approx(losses, nan_ok=True)
+        assert path in list_complete(tmp_path)
+    assert names(tmp_path) == [f"step-{step:08d}" for step in kept]
+    found = retained(list_complete(tmp_path), settings)
+    assert {step_of(path): why for path, why in found.items()} == kept
+    if settings.keep_best:
+        assert {name: step_of(path) for name, path in best(list_complete(tmp_path)).items()} == {
+            "a": 30,
+            "b": 50,
+        }
 
 
-@pytest.mark.parametrize("content", [None, b"", b"{broken", b"\xff"])
-def test_a_damaged_list_of_files(tmp_path, content):
-    path = save(tmp_path, checkpoint(1), keep_last=1)
-    (path / "files.json").unlink()
-    if content is not None:
-        (path / "files.json").write_bytes(content)
-    with pytest.raises(CheckpointError, match=r"files.json cannot be read"):
-        load(path)
+def test_a_damaged_older_one_is_no_best_and_hinders_no_save(tmp_path):
+    for step, loss in ((1, 1.0), (2, 2.0)):
+        save(tmp_path, replace(checkpoint(step), heldout={"a": loss}), keep(2, best=True))
+    (tmp_path / "step-00000001/run.json").write_text("{broken")
+    save(tmp_path, checkpoint(3), keep(1, best=True))
+    assert names(tmp_path) == ["step-00000002", "step-00000003"]
 
 
-def test_every_byte_of_every_file_is_guarded(tmp_path):
-    path = save(tmp_path, checkpoint(1, numbers=8, names=("a",)), keep_last=1)
-    for file in [found for found in path.rglob("*") if found.is_file() and found.name != "files.json"]:
-        original = file.read_bytes()
-        for position in range(0, len(original), 7):
-            file.write_bytes(original[:position] + bytes([original[position] ^ 4]) + original[position + 1 :])
-            assert len(verify(path)) == 1
-        file.write_bytes(original)
-    assert verify(path) == []
+CHANGES = {"os.mkdir", "os.rename", "os.remove", "os.rmdir", "os.symlink"}
 
 
-CHANGES = {"os.mkdir", "os.rename", "os.remove", "os.rmdir"}
-
-
-def save_and_die(folder: Path, step: int, changes: int) -> bool:
+def save_and_die(folder: Path, step: int, settings: CheckpointConfig, changes: int) -> bool:
     """Save in a process that is killed after so many changes of the disk; True when it lived to the end."""
     child = os.fork()
     if child == 0:
@@ -199,38 +156,45 @@ def save_and_die(folder: Path, step: int, changes: int) -> bool:
                     os.kill(os.getpid(), signal.SIGKILL)
 
         sys.addaudithook(count)
-        save(folder, checkpoint(step), keep_last=2)
+        save(folder, checkpoint(step), settings)
         os._exit(0)
     _, status = os.waitpid(child, 0)
     assert os.WIFEXITED(status) or os.WTERMSIG(status) == signal.SIGKILL
     return os.WIFEXITED(status)
 
 
-@pytest.mark.parametrize("there", [(1, 2), (2, 3)], ids=["a new step", "a step saved before"])
-def test_a_kill_at_any_instant_leaves_only_complete_ones(tmp_path, there):
-    """By SIGKILL, before every folder made, file opened for writing, name changed and thing removed."""
+@pytest.mark.parametrize(
+    ("there", "last"),
+    [((1, 2), 2), ((2, 3), 2), ((2,), 1), ((3,), 1)],
+    ids=["a new step", "a step saved before", "one is kept", "the only one, saved before"],
+)
+def test_a_kill_at_any_instant_leaves_only_complete_ones(tmp_path, there, last):
+    """By SIGKILL, before every folder or link made, file opened to write, name changed and thing removed."""
     template = tmp_path / "template"
     for step in there:
-        save(template, checkpoint(step), keep_last=2)
+        save(template, checkpoint(step), keep(last))
     (template / ".step-00000003.partial" / "a").mkdir(parents=True)  # of an earlier kill
     (template / ".step-00000003.partial" / "a" / "weights.safetensors").write_bytes(b"half")
-    found_newest = []
+    found_newest, linked = [], []
     for changes in range(1_000):
-        folder = shutil.copytree(template, tmp_path / "killed")
-        finished = save_and_die(folder, 3, changes)
+        folder = shutil.copytree(template, tmp_path / "killed", symlinks=True)
+        finished = save_and_die(folder, 3, keep(last), changes)
         complete = list_complete(folder)
         assert complete == sorted(folder.glob("step-*")), changes
         assert [problem for path in complete for problem in verify(path)] == [], changes
+        assert newest_intact(folder, pytest.fail) == complete[-1]
         newest = load(complete[-1])
         found_newest.append(newest.progress.step)
         assert_equal(newest, checkpoint(newest.progress.step))
-        save(folder, checkpoint(3), keep_last=2)  # the run goes on from there
-        assert names(folder) == ["step-00000002", "step-00000003"], changes
-        assert_equal(load(folder / "step-00000003"), checkpoint(3))
+        linked.append(load(folder / "latest").progress.step)
+        save(folder, checkpoint(3), keep(last))  # the run goes on from there
+        assert [step_of(path) for path in list_complete(folder)] == [2, 3][-last:], changes
+        assert names(folder) == [path.name for path in list_complete(folder)], changes
+        assert_equal(load(folder / "latest"), checkpoint(3))
         shutil.rmtree(folder)
         if finished:
             break
-    assert changes > 15 and set(found_newest) == {2, 3}
+    assert changes > 15 and set(found_newest) == set(linked) == {max(there), 3}
 
 
 def test_a_full_disk_leaves_what_was_there(tmp_path):
@@ -238,14 +202,14 @@ def test_a_full_disk_leaves_what_was_there(tmp_path):
     met = set()
     with small_disk(tmp_path / "disk", 64 * 4096) as disk:
         folder, filler = disk / "checkpoints", disk / "filler"
-        save(folder, checkpoint(1), keep_last=2)
+        save(folder, checkpoint(1), keep(2))
         before = {path: path.read_bytes() for path in folder.rglob("*") if path.is_file()}
         while True:
             free = os.statvfs(disk).f_bavail
             with filler.open("wb") as file:
                 os.posix_fallocate(file.fileno(), 0, max(1, (free - len(met)) * 4096))
             try:
-                save(folder, checkpoint(2, numbers=2000), keep_last=2)
+                save(folder, checkpoint(2, numbers=2000), keep(2))
                 break
             except OSError as error:
                 assert "No space left on device" in str(error)
@@ -255,64 +219,3 @@ def test_a_full_disk_leaves_what_was_there(tmp_path):
             filler.unlink()
         assert names(folder) == ["step-00000001", "step-00000002"] and verify(folder / "step-00000002") == []
     assert len(met) > 8
-
-
-def run_config() -> dict:
-    shape = {"layers": 2, "hidden_size": 8, "heads": 2, "intermediate_size": 16}
-    students = [StudentConfig(name=name, **shape) for name in ("a", "b")]
-    config = RunConfig("run", "out", TeacherConfig(model="big"), students, DataConfig(corpus="words"))
-    return to_dict(config)
-
-
-def refused(now: dict, fingerprint: str = "f" * 64) -> str:
-    with pytest.raises(CheckpointError) as error:
-        check_same_run(Path("out/step-1"), now, fingerprint, replace(checkpoint(1), config=run_config()))
-    return str(error.value)
-
-
-def test_the_same_run_goes_on():
-    resumed = replace(checkpoint(1), config=run_config())
-    config = run_config()
-    check_same_run(Path("step-1"), config, "f" * 64, resumed)
-    # What decides neither the rows nor what is learned from them may change.
-    config["train"].update(steps=99, micro_batch_rows=8)
-    config["deepspeed"].update(zero_stage=3)
-    config["students"][0]["optimizer"]["lr"] = 1.0
-    config["students"][0]["init"] = "elsewhere"
-    config["data"].update(corpus="copied/words", workers=5)
-    check_same_run(Path("step-1"), config, "f" * 64, resumed)
-
-
-def test_another_run_is_refused_and_every_difference_named():
-    config = run_config()
-    config["train"].update(seed=1, global_batch_rows=512)
-    config["data"]["group_blocks"] = 4
-    config["teacher"].update(model="bigger", revision="v2")
-    config["students"][1]["hidden_size"] = 16
-    config["students"][0]["losses"]["hidden"] = 2.0
-    said = refused(config, fingerprint="0" * 64)
-    for line in (
-        f"the corpus or mixture has fingerprint {'0' * 64}, the run was on {'f' * 64}",
-        "train.seed=1, the run has 0",
-        "train.global_batch_rows=512, the run has 256",
-        "data.group_blocks=4, the run has 16",
-        "teacher.model='bigger', the run has 'big'",
-        "teacher.revision='v2', the run has None",
-        "students.1.hidden_size=16, the run has 8",
-        "students.0.losses={",
-    ):
-        assert f"\n  - {line}" in said
-    assert said.count("\n  - ") == 8
-    assert "this is not the run that out/step-1 belongs to" in said and "another output folder" in said
-
-
-@pytest.mark.parametrize("change", ["fewer", "more", "another order"])
-def test_other_students_are_another_run(change):
-    config = run_config()
-    if change == "fewer":
-        config["students"].pop()
-    elif change == "more":
-        config["students"].append(copy.deepcopy(config["students"][0]) | {"name": "c"})
-    else:
-        config["students"].reverse()
-    assert "name=" in refused(config)

@@ -172,3 +172,26 @@ def test_without_a_count_of_operations_there_is_no_mfu():
     figures = meter.report(rows_left=4, world=ALONE)
     assert figures["speed/rows_per_s"] == 4.0 and figures["time/eta_s"] == 1.0
     assert not {"speed/mfu", "speed/tflops_per_rank"} & set(figures)
+
+
+def test_the_time_that_saving_takes_is_no_part_of_a_step(meter, monkeypatch):
+    """A clock by hand: a step of 5 s, a save of 15 s, 30 s of something else."""
+    now = 0.0
+    monkeypatch.setattr(time, "perf_counter", lambda: now)
+
+    def step() -> dict[str, float]:
+        nonlocal now
+        for _ in meter.timed([Batch(1, *(tensor([1]),) * 5)]):
+            now += 5.0
+            meter.add(rows=10, tokens=50)
+        return meter.report(rows_left=0, world=ALONE)
+
+    assert step()["time/checkpoint_s"] == 0.0
+    with meter.clock.part("checkpoint"):
+        now += 15.0
+    now += 30.0
+    figures = step()
+    assert (figures["time/checkpoint_s"], figures["share/checkpoint"]) == (15.0, 0.3)
+    assert (figures["speed/rows_per_s"], figures["share/other"], figures["speed/step_s"]) == (2.0, 1.0, 5.0)
+    assert meter.seconds() == {"step": 10.0, "data": 0.0}
+    assert step()["share/checkpoint"] == 0.0
