@@ -3,7 +3,7 @@
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from configs.schema import Offload, Precision, RunConfig
+from configs.schema import Offload, Precision, RunConfig, TrainConfig
 from configs.student_schema import StudentConfig
 
 DERIVED = {
@@ -23,21 +23,31 @@ DERIVED = {
 """DeepSpeed keys (dotted) that follow from other settings, and the setting that each follows from."""
 
 
+def micro_batches(train: TrainConfig, world_size: int) -> int:
+    """Return how many micro batches every rank runs in a step: enough for the rank with the most rows."""
+    most_rows = -(-train.global_batch_rows // world_size)
+    return -(-most_rows // train.micro_batch_rows)
+
+
 def derive(config: RunConfig, student: StudentConfig, world_size: int, pin_memory: bool) -> dict[str, Any]:
     """Return the DeepSpeed config of one student.
 
-    ``train_batch_size = micro_batch_rows * gradient_accumulation_steps * world_size``. The student's
+    ``train_batch_size = micro_batch_rows * gradient_accumulation_steps * world_size``; where ranks do not
+    divide the batch (``train.elastic``), it is what they would have if all had as many rows as the one with
+    most. DeepSpeed only wants it consistent: losses come divided by global counts. The student's
     optimizer is a ``torch.optim.AdamW`` made by us, in every mode: its CPU kernel is fused and vectorised,
     so offload needs no compiled extension (``zero_force_ds_cpu_optimizer: false``).
 
     Args:
-        config: a validated run config whose batch divides by ``world_size`` (``check_batch``).
+        config: a validated run config whose batch ``check_batch`` finds right for ``world_size``.
         student: the student whose clipping applies.
         world_size: number of data-parallel ranks.
         pin_memory: page-lock offloaded state (CUDA only).
     """
-    unit = config.train.micro_batch_rows * world_size
-    assert config.train.global_batch_rows % unit == 0, "check_batch comes first"
+    train, steps = config.train, micro_batches(config.train, world_size)
+    even = train.global_batch_rows % (train.micro_batch_rows * world_size) == 0
+    assert even or train.elastic, "check_batch comes first"
+    micro_rows = -(-train.global_batch_rows // (world_size * steps))
     settings = config.deepspeed
     zero: dict[str, Any] = {"stage": settings.zero_stage}
     if settings.offload_optimizer is not Offload.none:
@@ -45,9 +55,9 @@ def derive(config: RunConfig, student: StudentConfig, world_size: int, pin_memor
     if settings.offload_parameters is not Offload.none:
         zero["offload_param"] = {"device": settings.offload_parameters.value, "pin_memory": pin_memory}
     derived: dict[str, Any] = {
-        "train_batch_size": config.train.global_batch_rows,
-        "train_micro_batch_size_per_gpu": config.train.micro_batch_rows,
-        "gradient_accumulation_steps": config.train.global_batch_rows // unit,
+        "train_batch_size": micro_rows * steps * world_size,
+        "train_micro_batch_size_per_gpu": micro_rows,
+        "gradient_accumulation_steps": steps,
         "gradient_clipping": student.optimizer.max_grad_norm or 0.0,  # 0 is DeepSpeed's "off"
         "zero_optimization": zero,
         "zero_force_ds_cpu_optimizer": False,

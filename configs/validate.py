@@ -8,8 +8,17 @@ import re
 from collections import Counter
 
 from configs.corpus_schema import CorpusConfig, SourceKind
-from configs.deepspeed import DERIVED, conflicts
-from configs.schema import DataConfig, Offload, Placement, Precision, Quantization, RunConfig, TeacherConfig
+from configs.deepspeed import DERIVED, conflicts, micro_batches
+from configs.schema import (
+    DataConfig,
+    Offload,
+    Placement,
+    Precision,
+    Quantization,
+    RunConfig,
+    TeacherConfig,
+    TrainConfig,
+)
 from configs.student_schema import LossConfig, OptimizerConfig, StudentConfig
 
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.-]*")
@@ -19,7 +28,7 @@ _MAX_SEQ_LEN = 65_535  # row lengths are stored as uint16
 def check_run(config: RunConfig) -> list[str]:
     """Return every problem of a run's config, each with key, value, rule and way out."""
     problems = _check_lengths(config) + _check_data(config.data) + _check_deepspeed(config)
-    problems += _check_teacher(config.teacher)
+    problems += _check_teacher(config.teacher) + _check_checkpoint(config)
     if not _NAME.fullmatch(config.name):
         problems.append(f"name={config.name!r} must be letters, digits, '-', '_' and '.'")
     for name, count in Counter(student.name for student in config.students).items():
@@ -35,16 +44,26 @@ def check_run(config: RunConfig) -> list[str]:
     return problems
 
 
-def check_batch(global_batch_rows: int, micro_batch_rows: int, world_size: int) -> list[str]:
+def check_batch(train: TrainConfig, world_size: int) -> list[str]:
     """Return the problem, if any, of dealing a global batch to ``world_size`` ranks in micro batches."""
+    global_batch_rows, micro_batch_rows = train.global_batch_rows, train.micro_batch_rows
     unit = micro_batch_rows * world_size
     if global_batch_rows % unit == 0:
         return []
+    if train.elastic:
+        if global_batch_rows // world_size >= micro_batches(train, world_size):
+            return []
+        return [
+            f"train.global_batch_rows={global_batch_rows} is too small for {world_size} ranks: with "
+            f"micro_batch_rows={micro_batch_rows} some would have a micro batch without rows; raise one of "
+            "the two, or use fewer ranks"
+        ]
     below, above = global_batch_rows // unit * unit, (global_batch_rows // unit + 1) * unit
     nearest = ", ".join(str(rows) for rows in (below, above) if rows > 0)
     return [
         f"train.global_batch_rows={global_batch_rows} is not a multiple of {unit} "
-        f"(micro batch {micro_batch_rows} x {world_size} ranks); nearest: {nearest}"
+        f"(micro batch {micro_batch_rows} x {world_size} ranks); nearest: {nearest}; "
+        "or allow any number of ranks with train.elastic=true"
     ]
 
 
@@ -92,19 +111,33 @@ def _check_lengths(config: RunConfig) -> list[str]:
         ("data.prefetch_blocks", config.data.prefetch_blocks, 0),
         ("data.cache.max_bytes", config.data.cache.max_bytes, 0),
         ("evaluation.every_steps", config.evaluation.every_steps, 1),
+        ("train.max_rollbacks", train.max_rollbacks, 1),
         ("evaluation.rows", config.evaluation.rows, 1),
         ("checkpoint.every_steps", config.checkpoint.every_steps, 1),
         ("checkpoint.keep_last", config.checkpoint.keep_last, 1),
+        ("checkpoint.keep_every_steps", config.checkpoint.keep_every_steps, 1),
         ("log.every_steps", config.log.every_steps, 1),
     )
     if (train.epochs is None) == (train.steps is None):
         problems.append(
             f"train.epochs={train.epochs} and train.steps={train.steps}: set exactly one of the two"
         )
+    if not 0 < train.rollback_lr_factor < 1:
+        problems.append(
+            f"train.rollback_lr_factor={train.rollback_lr_factor} must be above 0 and below 1: at the "
+            "same rate a student would fail again"
+        )
+    for key, value in (
+        ("train.max_hours", train.max_hours),
+        ("timeouts.start_s", config.timeouts.start_s),
+        ("timeouts.step_s", config.timeouts.step_s),
+    ):
+        if value is not None and not value > 0:
+            problems.append(f"{key}={value} must be above 0")
     if train.epochs is not None and not train.epochs > 0:
         problems.append(f"train.epochs={train.epochs} must be above 0")
     if train.micro_batch_rows >= 1:  # with one rank it must already come out even
-        problems += check_batch(train.global_batch_rows, train.micro_batch_rows, world_size=1)
+        problems += check_batch(train, world_size=1)
     return problems
 
 
@@ -127,6 +160,32 @@ def _check_data(data: DataConfig) -> list[str]:
             problems.append(
                 f"data.mixture.{number}.name={entry.name!r} must be letters, digits, '-', '_' and '.'"
             )
+    return problems
+
+
+def _check_checkpoint(config: RunConfig) -> list[str]:
+    saves, kept = config.checkpoint.every_steps, config.checkpoint.keep_every_steps
+    evaluations = config.evaluation.every_steps
+    if min(saves or 1, kept or 1, evaluations or 1) < 1:
+        return []  # which is said elsewhere
+    problems = []
+    if kept is not None and (saves is None or kept % saves):
+        problems.append(
+            f"checkpoint.keep_every_steps={kept} is not a multiple of checkpoint.every_steps={saves}: those "
+            "steps are not saved"
+        )
+    if not config.checkpoint.keep_best:
+        return problems
+    if saves is None or evaluations is None:
+        problems.append(
+            f"checkpoint.keep_best=true needs checkpoint.every_steps={saves} and evaluation.every_steps="
+            f"{evaluations} to be set: the best are those saves that are evaluated"
+        )
+    elif saves % evaluations and evaluations % saves:
+        problems.append(
+            "checkpoint.keep_best=true needs saves that are evaluated, but neither of checkpoint.every_steps="
+            f"{saves} and evaluation.every_steps={evaluations} is a multiple of the other"
+        )
     return problems
 
 

@@ -18,7 +18,7 @@ def check(config: RunConfig, place: World) -> Corpora:
     Raises:
         ConfigError: all problems together.
     """
-    problems = check_batch(config.train.global_batch_rows, config.train.micro_batch_rows, place.size)
+    problems = check_batch(config.train, place.size)
     problems += check_machine(config, place.device)
     corpora = teacher_config = None
     try:

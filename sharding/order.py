@@ -125,18 +125,14 @@ class Order:
 def rank_slice(step_start: int, global_batch_rows: int, rank: int, world_size: int) -> tuple[int, int]:
     """The positions [start, stop) that a rank reads in the global step beginning at ``step_start``.
 
+    Where ranks do not divide the step, their numbers of rows differ by one.
+
     Raises:
-        ValueError: ``global_batch_rows`` is not a multiple of ``world_size``, or ``rank`` is not in it.
+        ValueError: there are fewer rows than ranks, or ``rank`` is not one of them.
     """
     if world_size < 1 or not 0 <= rank < world_size:
         raise ValueError(f"rank={rank} is not one of world_size={world_size} ranks, counted from 0")
-    rows_per_rank, uneven = divmod(global_batch_rows, world_size)
-    if uneven or rows_per_rank < 1:
-        lower = rows_per_rank * world_size
-        nearest = ", ".join(str(rows) for rows in (lower, lower + world_size) if rows)
-        raise ValueError(
-            f"global_batch_rows={global_batch_rows} is not a multiple of {world_size} ranks; "
-            f"nearest: {nearest}"
-        )
-    start = step_start + rank * rows_per_rank
-    return start, start + rows_per_rank
+    if global_batch_rows < world_size:
+        raise ValueError(f"global_batch_rows={global_batch_rows} is too small for {world_size} ranks")
+    first, last = (number * global_batch_rows // world_size for number in (rank, rank + 1))
+    return step_start + first, step_start + last

@@ -21,6 +21,7 @@ from typing import Protocol
 import numpy as np
 import torch
 
+from configs.deepspeed import micro_batches
 from configs.schema import Damaged, NonFinite, Precision, RunConfig
 from configs.student_schema import StudentConfig
 from sharding.corpora import Corpora
@@ -178,13 +179,14 @@ def accumulate_gradients(run: Run, batch: Batch) -> tuple[int, bool]:
     Every loss is divided by the counts of the whole global step, which are known before the first micro
     batch: so neither ranks, nor micro batches, nor padding change loss or gradient.
     """
-    device, size, clock = run.world.device, run.config.train.micro_batch_rows, run.speed.clock
+    device, clock, rows_of_rank = run.world.device, run.speed.clock, len(batch.length_B)
+    micros = micro_batches(run.config.train, run.world.size)
     counts_B2 = row_counts(batch.ids_BS, batch.length_B, run.separator)
     asked = torch.tensor([run.interruption.reason is not None])
     tokens, pairs, leaving = sum_over_ranks(torch.cat([counts_B2.sum(dim=0), asked]).to(device)).tolist()
     tokens, pairs = max(tokens, 1), max(pairs, 1)  # 0: every row of the step is masked
-    for micro, start in enumerate(range(0, len(batch.length_B), size)):
-        rows = slice(start, start + size)
+    for micro in range(micros):
+        rows = slice(rows_of_rank * micro // micros, rows_of_rank * (micro + 1) // micros)
         inputs = Inputs.of(batch, rows, device, run.separator)
         with clock.part("teacher"):
             targets = run.teach(inputs)

@@ -2,6 +2,7 @@
 
 import copy
 import itertools
+import math
 import os
 
 import pytest
@@ -31,6 +32,17 @@ def test_batch_arithmetic_is_deepspeeds_identity(rows, micro, ranks):
 def test_a_batch_that_does_not_divide_is_our_mistake():
     with pytest.raises(AssertionError, match="check_batch comes first"):
         derived(run(64, 4), ranks=3)
+
+
+@pytest.mark.parametrize("rows, micro, ranks", [(64, 4, 3), (4096, 32, 24), (7, 3, 2), (10, 4, 1)])
+def test_ranks_that_do_not_divide_are_given_the_first_one_s_share(rows, micro, ranks):
+    config = run(rows, micro)
+    config.train.elastic = True
+    found = derived(config, ranks)
+    size, steps = found["train_micro_batch_size_per_gpu"], found["gradient_accumulation_steps"]
+    most_rows = math.ceil(rows / ranks)
+    assert size <= micro and (steps - 1) * micro < most_rows <= steps * size
+    assert found["train_batch_size"] == size * steps * ranks
 
 
 @pytest.mark.parametrize("stage", range(4))

@@ -1,11 +1,12 @@
 """Every rule that a config alone can break, each with what is said about it."""
 
 import copy
+import itertools
 
 import pytest
 
 from configs.corpus_schema import CorpusConfig, SourceConfig, SourceKind
-from configs.schema import MixtureConfig, RunConfig, TeacherConfig
+from configs.schema import MixtureConfig, RunConfig, TeacherConfig, TrainConfig
 from configs.student_schema import StudentConfig
 from configs.validate import check_batch, check_corpus, check_run
 
@@ -55,7 +56,11 @@ RULES = [
     ("name", ".hidden", "name='.hidden' must be letters"),
     ("name", "", "name='' must be letters"),
     ("train.global_batch_rows", 0, "train.global_batch_rows=0 must be at least 1"),
-    ("train.global_batch_rows", 40, "40 is not a multiple of 32 (micro batch 32 x 1 ranks); nearest: 32, 64"),
+    (
+        "train.global_batch_rows",
+        40,
+        "40 is not a multiple of 32 (micro batch 32 x 1 ranks); nearest: 32, 64; or",
+    ),
     ("train.micro_batch_rows", 0, "train.micro_batch_rows=0 must be at least 1"),
     ("train.steps", 0, "train.steps=0 must be at least 1"),
     ("train.steps", None, "train.epochs=None and train.steps=None: set exactly one of the two"),
@@ -74,6 +79,12 @@ RULES = [
     ("evaluation.rows", 0, "evaluation.rows=0 must be at least 1"),
     ("checkpoint.every_steps", 0, "checkpoint.every_steps=0 must be at least 1"),
     ("checkpoint.keep_last", 0, "checkpoint.keep_last=0 must be at least 1"),
+    ("checkpoint.keep_every_steps", 0, "checkpoint.keep_every_steps=0 must be at least 1"),
+    (
+        "checkpoint.keep_every_steps",
+        750,
+        "keep_every_steps=750 is not a multiple of checkpoint.every_steps=500",
+    ),
     ("log.every_steps", 0, "log.every_steps=0 must be at least 1"),
     (
         "teacher.offload_folder",
@@ -222,7 +233,19 @@ def test_problems_add_up_over_sections_and_students():
     ],
 )
 def test_a_batch_that_does_not_divide_names_the_nearest_that_do(rows, micro, ranks, nearest):
-    assert check_batch(rows, micro, ranks) == [f"train.global_batch_rows={nearest}"]
+    train = TrainConfig(global_batch_rows=rows, micro_batch_rows=micro)
+    way_out = "; or allow any number of ranks with train.elastic=true"
+    assert check_batch(train, ranks) == [f"train.global_batch_rows={nearest}{way_out}"]
+    train.elastic = True
+    assert (check_batch(train, ranks) == []) == (rows >= ranks)
+
+
+def test_elastic_ranks_all_have_rows_in_every_micro_batch():
+    for rows, micro, ranks in itertools.product(range(1, 20), range(1, 8), range(1, 8)):
+        fewest, most = rows // ranks, -(-rows // ranks)
+        train = TrainConfig(global_batch_rows=rows, micro_batch_rows=micro, elastic=True)
+        fine = fewest >= -(-most // micro)
+        assert (check_batch(train, ranks) == []) == fine
 
 
 def test_a_batch_is_fine_exactly_when_every_rank_gets_whole_micro_batches():
@@ -230,7 +253,7 @@ def test_a_batch_is_fine_exactly_when_every_rank_gets_whole_micro_batches():
         (micro, ranks)
         for micro in range(1, 49)
         for ranks in range(1, 9)
-        if check_batch(48, micro, ranks) == []
+        if check_batch(TrainConfig(global_batch_rows=48, micro_batch_rows=micro), ranks) == []
     }
     dealt = {
         (micro, ranks) for micro in range(1, 49) for ranks in range(1, 9) for n in range(1, 49)
@@ -286,3 +309,31 @@ def test_settings_of_one_kind_of_source(kind):
     found = " ".join(check_corpus(config))
     assert ("one_per_line" in found) == (kind is not SourceKind.text)
     assert ("subset" in found) == (kind is not SourceKind.datasets)
+
+
+@pytest.mark.parametrize(
+    ("saves", "evaluations", "said"),
+    [
+        (500, 500, None),
+        (500, 1000, None),
+        (500, 100, None),
+        (500, 750, "neither of checkpoint.every_steps=500 and evaluation.every_steps=750 is a multiple"),
+        (None, 500, "needs checkpoint.every_steps=None and evaluation.every_steps=500 to be set"),
+        (500, None, "needs checkpoint.every_steps=500 and evaluation.every_steps=None to be set"),
+        (0, 500, "checkpoint.every_steps=0 must be at least 1"),
+    ],
+)
+def test_the_best_can_be_kept_where_saves_are_evaluated(saves, evaluations, said):
+    config = valid_run()
+    config.checkpoint.every_steps, config.evaluation.every_steps = saves, evaluations
+    config.checkpoint.keep_best = True
+    found = check_run(config)
+    assert len(found) == (said is not None) and (said is None or said in found[0]), found
+
+
+def test_only_saved_steps_can_be_kept():
+    config = valid_run()
+    config.checkpoint.every_steps, config.checkpoint.keep_every_steps = 250, 1000
+    assert check_run(config) == []
+    config.checkpoint.every_steps = None
+    assert "keep_every_steps=1000 is not a multiple of checkpoint.every_steps=None" in check_run(config)[0]
