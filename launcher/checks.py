@@ -5,7 +5,7 @@ from configs.schema import Placement, RunConfig
 from configs.validate import check_batch
 from sharding.corpora import Corpora, open_corpora
 from sharding.tokens import check_tokenizer
-from trainer import encoders, memory, shapes
+from trainer import encoders, memory, models, shapes
 from trainer.memory import Memory
 from trainer.teacher import check_machine
 from trainer.transfer import teacher_need
@@ -43,7 +43,9 @@ def check(config: RunConfig, place: World) -> Corpora:
         except ValueError as error:
             problems.append(str(error))
         seq_len = max(corpus.manifest.seq_len for corpus in corpora.corpora)
-        problems += shapes.check_students(config.students, teacher_config, seq_len)
+        problems += shapes.check_students(config.students, teacher_config, seq_len) or models.check_starts(
+            config.students, teacher_config
+        )
     if problems:
         raise ConfigError(problems)
     assert corpora is not None

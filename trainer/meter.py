@@ -169,7 +169,7 @@ class SpeedMeter:
         return {f"time/{part}_s": self.parts_s.get(f"{name}/{part}", 0.0) for part in PARTS}
 
     def seconds(self) -> dict[str, float]:
-        """Return the seconds that all parts of steps, and all steps as ``step``, have taken in this process."""
+        """Return the seconds that all parts of steps, and steps as ``step``, have taken in this process."""
         parts_s = {part: own_s for part, own_s in self.clock.totals().items() if part != "checkpoint"}
         return {"step": self.total_s + self.span_s, **parts_s}
 

@@ -5,18 +5,21 @@ Letters: B rows, S sequence, E hidden dim, M student layers, N teacher layers.
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors.torch import load_file
 from torch import Tensor, nn
 from transformers import PreTrainedConfig, PreTrainedModel
 
 from configs.student_schema import Projection, StudentConfig
 from sharding.stream import Batch
 from trainer.capture import Need, capture, compile_layers, enable_capture, layers_of
+from trainer.checkpoint import WEIGHTS, is_student, verify, weight_shapes
 from trainer.encoders import load_encoder, new_encoder
 from trainer.layout import Layout, document_BS, layout
-from trainer.shapes import student_hf_config, transfer
+from trainer.shapes import encoder_config, transfer
 from trainer.transfer import student_need
 
 
@@ -109,6 +112,46 @@ class Student(nn.Module):
                 parameter.copy_(weights[name])
 
 
+def outline(student: StudentConfig, teacher_config: PreTrainedConfig) -> Student:
+    """Return the student without weights, on the meta device: what there is, by name and shape.
+
+    Raises:
+        ValueError: ``init`` is not there, or the student cannot be made.
+    """
+    need = student_need(transfer(student, teacher_config))
+    with torch.device("meta"):
+        encoder = new_encoder(encoder_config(student, teacher_config), head=need.prediction)
+        return Student(encoder, teacher_config.hidden_size, student.projection, need)
+
+
+def check_starts(students: Sequence[StudentConfig], teacher_config: PreTrainedConfig) -> list[str]:
+    """Return every reason why students cannot start from those in checkpoints that their ``init`` names.
+
+    Every byte of these weights is read once.
+    """
+    problems = []
+    for index, student in enumerate(students):
+        if not is_student(student.init):
+            continue
+        folder, named = Path(student.init), f"students.{index} ({student.name}): init={student.init!r}"
+        if damage := verify(folder.parent, [f"{folder.name}/{WEIGHTS}"]):
+            problems.append(f"{named} is damaged: {'; '.join(damage)}. Use another checkpoint")
+            continue
+        found = weight_shapes(folder)
+        asked = {name: tuple(own.shape) for name, own in outline(student, teacher_config).named_parameters()}
+        differing = [
+            f"{name} {found.get(name, 'missing')} instead of {asked.get(name, 'nothing')}"
+            for name in sorted(found.keys() | asked.keys())
+            if found.get(name) != asked.get(name)
+        ]
+        if differing:
+            problems.append(
+                f"{named} is not the same student: {', '.join(differing)}. Take over the sizes, projection "
+                "and losses.prediction of the run that saved it, or start from its export"
+            )
+    return problems
+
+
 def build_student(
     student: StudentConfig,
     teacher: Callable[[bool], PreTrainedModel],
@@ -120,7 +163,7 @@ def build_student(
     The weights depend on ``seed`` and the student alone, not on the process or on other students.
 
     Args:
-        student: its config, checked by ``check_students``.
+        student: its config, checked by ``check_students`` and ``check_starts``.
         teacher: gives the teacher on CPU in float32, with its masked-language-model head when True;
             called when ``student.init`` is ``teacher``.
         teacher_config: the teacher's config.
@@ -133,14 +176,16 @@ def build_student(
     need = student_need(learned)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        if student.init in ("random", "teacher"):
-            encoder = new_encoder(student_hf_config(student, teacher_config), head=need.prediction)
+        if student.init in ("random", "teacher") or is_student(student.init):
+            encoder = new_encoder(encoder_config(student, teacher_config), head=need.prediction)
         else:
             encoder = load_encoder(
                 student.init, head=need.prediction, dtype=torch.float32, **student.overrides
             )
             enable_capture(encoder)
         module = Student(encoder, teacher_config.hidden_size, student.projection, need)
+    if is_student(student.init):
+        module.load(load_file(Path(student.init, WEIGHTS)))
     if student.init == "teacher":
         copy_layers(encoder, teacher(need.prediction), learned.layer_map)
         for weight in module.projections.parameters():

@@ -11,6 +11,7 @@ from transformers import AutoConfig, PreTrainedConfig
 
 from configs.student_schema import StudentConfig
 from trainer.attention_loss import common_heads
+from trainer.checkpoint import is_student
 from trainer.encoders import new_encoder, read_config
 from trainer.layer_map import resolve
 from trainer.transfer import Relation, Transfer
@@ -75,6 +76,17 @@ def _relation(student: StudentConfig, teacher: PreTrainedConfig) -> Relation:
         if not 1 <= layer <= layers:
             raise ValueError(f"losses.relation.{key}={layer} must be between 1 and {layers}")
     return Relation(asked.weight, heads, student_layer, teacher_layer)
+
+
+def encoder_config(student: StudentConfig, teacher: PreTrainedConfig) -> PreTrainedConfig:
+    """Return the ``transformers`` config of a student's encoder: its shape, or what it starts from as it is.
+
+    Raises:
+        ValueError: it cannot be made, or read.
+    """
+    if student.init in ("random", "teacher") or is_student(student.init):
+        return student_hf_config(student, teacher)
+    return read_config("init", student.init, **student.overrides)
 
 
 def student_hf_config(student: StudentConfig, teacher: PreTrainedConfig) -> PreTrainedConfig:
@@ -165,8 +177,8 @@ def _check_config(student: StudentConfig, teacher: PreTrainedConfig, seq_len: in
     if student.init == "teacher":
         inner = ["embedding_size", "max_position_embeddings", "type_vocab_size"]
         _check_same(student.init, config, teacher, [*keys, *inner])
-    elif student.init != "random":
-        asked, config = config, read_config("init", student.init, **student.overrides)
+    elif student.init != "random" and not is_student(student.init):
+        asked, config = config, encoder_config(student, teacher)
         _check_same(student.init, asked, config, [*keys, "num_hidden_layers"])
     else:
         with torch.device("meta"):  # proves that it can be made and captured, without its memory

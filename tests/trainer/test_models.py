@@ -1,11 +1,15 @@
 """Students, against what transformers builds, loads and computes by itself."""
 
+from dataclasses import replace
+from pathlib import Path
+
 import pytest
 import torch
 from torch import nn
 
-from configs.student_schema import Projection
+from configs.student_schema import LossConfig, Projection, StudentConfig
 from sharding.stream import Batch
+from tests.trainer.saved import checkpoint, keep
 from tests.trainer.tiny import (
     ARCHITECTURES,
     HEADS,
@@ -18,11 +22,14 @@ from tests.trainer.tiny import (
     tiny_student,
 )
 from trainer.capture import enable_capture
+from trainer.checkpoint import WEIGHTS, EngineState, save
 from trainer.models import (
     Inputs,
     Student,
     build_student,
+    check_starts,
     copy_layers,
+    outline,
     parameters,
 )
 from trainer.shapes import check_students
@@ -142,6 +149,68 @@ def test_a_student_from_a_folder(tmp_path):
     dropouts = {module.p for module in student.encoder.embeddings.modules() if isinstance(module, nn.Dropout)}
     assert dropouts == {0.25}
     assert not torch.equal(student.projections[0].weight, torch.eye(WIDTH))
+
+
+def saved(folder: Path, student: StudentConfig) -> tuple[Path, dict[str, torch.Tensor]]:
+    """A checkpoint of a student of this config, and what its weights are."""
+    module = build_student(student, lambda head: None, tiny_encoder("bert").config, seed=77)
+    weights = {name: weight.detach().clone() for name, weight in module.named_parameters()}
+    state = EngineState(weights, {}, updates=5, loss_scale={})
+    whole = replace(checkpoint(5), students={student.name: state})
+    return save(folder, whole, keep(1)) / student.name, weights
+
+
+@pytest.mark.parametrize("prediction", [0.0, 1.0], ids=["encoder", "with its head"])
+def test_a_student_from_a_checkpoint(tmp_path, prediction):
+    shape = {"losses": LossConfig(prediction=prediction), "projection": Projection.per_layer}
+    folder, weights = saved(tmp_path, tiny_student(**shape))
+    teacher = tiny_encoder("bert").config
+    for init in (folder, tmp_path / "latest" / folder.name):
+        student = tiny_student(**shape, init=str(init), overrides={"hidden_dropout_prob": 0.25})
+        assert check_students([student], teacher, 64) == check_starts([student], teacher) == []
+        found = dict(build_student(student, lambda head: None, teacher, seed=3).named_parameters())
+        assert found.keys() == weights.keys() and len([name for name in found if "projections" in name]) == 3
+        assert all(torch.equal(found[name], weights[name]) for name in weights)
+
+
+def test_a_checkpoint_of_another_student_is_refused_with_every_difference(tmp_path):
+    folder, _ = saved(tmp_path, tiny_student(projection=Projection.shared))
+    teacher = tiny_encoder("bert").config
+    other = tiny_student(init=str(folder), layers=1, intermediate_size=36)
+    assert check_students([other], teacher, 64) == []
+    (said,) = check_starts([tiny_student(), other, tiny_student(init="teacher")], teacher)
+    assert said.startswith(f"students.1 (s): init={str(folder)!r} is not the same student: ")
+    for part in (
+        "encoder.encoder.layer.0.intermediate.dense.weight (40, 24) instead of (36, 24)",
+        "encoder.encoder.layer.0.intermediate.dense.bias (40,) instead of (36,)",
+        "encoder.encoder.layer.0.output.dense.weight (24, 40) instead of (24, 36)",
+        "encoder.encoder.layer.1.output.LayerNorm.bias (24,) instead of nothing",
+        "projections.1.weight missing instead of (48, 24)",
+    ):
+        assert part in said
+    assert said.count(" instead of ") == 3 + 16 + 1
+
+
+def test_a_damaged_checkpoint_is_no_start(tmp_path):
+    folder, _ = saved(tmp_path, tiny_student())
+    with (folder / WEIGHTS).open("r+b") as file:
+        file.seek(-1, 2)
+        file.write(b"!")
+    (said,) = check_starts([tiny_student(init=str(folder))], tiny_encoder("bert").config)
+    assert "is damaged: s/weights.safetensors does not match its checksum. Use another checkpoint" in said
+
+
+def test_an_outline_is_the_student_without_weights(tmp_path):
+    teacher = tiny_encoder("bert").config
+    source = tiny_encoder("bert", num_hidden_layers=2, hidden_act="relu")
+    source.save_pretrained(tmp_path)
+    size = {**SAME_SIZE, "layers": 2}
+    for student in (tiny_student(), tiny_student(**size, init=str(tmp_path))):
+        whole, empty = build_student(student, lambda head: None, teacher, seed=0), outline(student, teacher)
+        assert all(value.is_meta for value in empty.state_dict().values())
+        shapes = [{k: v.shape for k, v in module.named_parameters()} for module in (whole, empty)]
+        assert shapes[0] == shapes[1]
+        assert whole.encoder.config.to_diff_dict() == empty.encoder.config.to_diff_dict()
 
 
 def weights_of(module: nn.Module) -> list[torch.Tensor]:
