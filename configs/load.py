@@ -16,6 +16,7 @@ from omegaconf import MISSING, DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from configs.corpus_schema import CorpusConfig
+from configs.public import public_values
 from configs.schema import RunConfig
 from configs.validate import check_corpus, check_run
 
@@ -65,14 +66,14 @@ def load_config(schema: type[Config], path: str | Path | None, overrides: Sequen
 
 
 def to_dict(config: Any) -> dict[str, Any]:
-    """Return the config as plain YAML-ready values (enums by name)."""
-    container = OmegaConf.to_container(OmegaConf.structured(config), enum_to_str=True)
+    """Return the config as plain YAML-ready values (enums by name), without secrets (``configs.public``)."""
+    container = public_values(OmegaConf.to_container(OmegaConf.structured(config), enum_to_str=True))
     assert isinstance(container, dict)
-    return container  # type: ignore[return-value]
+    return container
 
 
 def to_yaml(config: Any) -> str:
-    """Return the config as YAML that ``load_config`` reads back to an equal config."""
+    """Return the config as YAML that ``load_config`` reads back to an equal config, but for secrets."""
     return yaml.safe_dump(to_dict(config), sort_keys=False, allow_unicode=True)
 
 
@@ -172,7 +173,8 @@ def _first_line(error: Exception) -> str:
 
 def _package_file(package: str, relative: str = "") -> str:
     """Return the path of a file that an installed package ships, without importing the package."""
-    spec = importlib.util.find_spec(package)
+    # Of a dotted name the package above is imported, and a config must execute nothing.
+    spec = importlib.util.find_spec(package) if package.isidentifier() else None
     if spec is None or not spec.submodule_search_locations:
         raise FileNotFoundError(f"${{package:{package}}}: package {package} is not installed; pip install it")
     path = Path(next(iter(spec.submodule_search_locations)), relative)
@@ -184,3 +186,4 @@ def _package_file(package: str, relative: str = "") -> str:
 def _register_resolvers() -> None:
     """``${package:NAME,relative/path}``: a file of an installed package, such as an embedded teacher."""
     OmegaConf.register_resolver("package", _package_file, replace=True)
+    OmegaConf.clear_resolver("oc.coerce")  # it imports what it is told to, and a config must execute nothing

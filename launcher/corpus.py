@@ -22,6 +22,7 @@ if __package__ in (None, ""):  # run as a script, Python puts launcher/ on the p
 
 from configs.corpus_schema import CorpusConfig  # noqa: E402
 from configs.load import ConfigError, load_config  # noqa: E402
+from configs.public import public  # noqa: E402
 from configs.schema import DataConfig, TrainConfig  # noqa: E402
 from sharding.manifest import CorpusError, open_corpus, read_manifest  # noqa: E402
 
@@ -35,7 +36,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     try:
         return options.run(options)
     except (ConfigError, CorpusError) as error:
-        print(f"corpus.py: error: {error}", file=sys.stderr)
+        print(public(f"corpus.py: error: {error}"), file=sys.stderr)
         return 2
     except KeyboardInterrupt:
         print(f"corpus.py: interrupted{options.when_interrupted}", file=sys.stderr)

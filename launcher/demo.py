@@ -30,6 +30,7 @@ from rich.table import Table
 from torch import nn
 
 from configs.load import ConfigError, load_config
+from configs.public import public
 from configs.schema import RunConfig
 from configs.student_schema import StudentConfig
 from launcher.reporting import by_kind, duration
@@ -76,7 +77,7 @@ def main() -> int:
         table, fall = compare(config)
         seconds["comparison"] = time.perf_counter() - started_s
     except ConfigError as error:
-        print(f"error: {error}", file=sys.stderr)
+        print(public(f"error: {error}"), file=sys.stderr)
         return 2
     except subprocess.CalledProcessError as error:
         return int(error.returncode)  # it has said why

@@ -24,6 +24,7 @@ from rich.console import Console
 from rich.table import Table
 
 from configs.load import ConfigError, load_config
+from configs.public import log_publicly, public
 from configs.schema import Placement, Precision, Quantization, RunConfig
 from launcher.checks import check, teacher_memory
 from sharding.corpora import Corpora
@@ -52,7 +53,7 @@ def main() -> int:
     parser.add_argument("--no-run", action="store_true", help="load no weights: no deviations")
     parser.add_argument("overrides", nargs="*", help="key=value, such as teacher.placement=zero3")
     arguments = parser.parse_args()
-    logging.basicConfig(level=logging.WARNING)
+    log_publicly(logging.WARNING)
     console = Console(width=None if sys.stdout.isatty() else 120)
     try:
         config = load_config(RunConfig, arguments.config, arguments.overrides)
@@ -71,7 +72,7 @@ def main() -> int:
             device = here.device if whole_fits else torch.device("cpu")
             console.print(deviation_table(config, corpora, replace(here, device=device)))
     except (ValueError, OSError) as error:
-        print(f"error: {error}", file=sys.stderr)
+        print(public(f"error: {error}"), file=sys.stderr)
         return 2
     return 0
 

@@ -7,12 +7,14 @@ import subprocess
 import sys
 from pathlib import Path
 
+from configs.public import public
+
 PACKAGES = ("torch", "deepspeed", "transformers", "tokenizers", "webdataset", "mlflow", "omegaconf", "numpy")
 
 
 def command() -> str:
-    """Return the command line of this process, without what a launcher appended."""
-    own = [argument for argument in sys.argv if not argument.startswith("--local_rank")]
+    """Return the command line of this process, without what a launcher appended and without secrets."""
+    own = [public(argument) for argument in sys.argv if not argument.startswith("--local_rank")]
     return shlex.join([Path(sys.executable).name, *own])
 
 
@@ -25,8 +27,8 @@ def revision() -> str:
 
 
 def changes() -> str:
-    """Return the uncommitted changes of tracked files as a diff; empty when there are none."""
-    return _git("diff", "HEAD") or ""
+    """Return the uncommitted changes of tracked files as a diff, without secrets; empty without changes."""
+    return public(_git("diff", "HEAD") or "")
 
 
 def versions() -> dict[str, str]:

@@ -36,11 +36,12 @@ class NodeCache:
     Args:
         folder: where it lies; None: ``tinybert-corpus-cache-UID`` in the system's folder for temporary files.
         max_bytes: most bytes of all entries, those in the making included.
+
+    Raises: ValueError when the system's folder holds another user's under that name.
     """
 
     def __init__(self, folder: str | None, max_bytes: int) -> None:
-        default = Path(tempfile.gettempdir()) / f"tinybert-corpus-cache-{os.getuid()}"
-        self.folder = default if folder is None else Path(folder)
+        self.folder = _default_folder() if folder is None else Path(folder)
         self.max_bytes = max_bytes
         self._warned = False
         with contextlib.suppress(OSError):  # there may be nothing yet
@@ -192,6 +193,17 @@ class NodeCache:
             log.warning(
                 "cache %s cannot be used (%s); reading goes on without it", self.folder, error.strerror
             )
+
+
+def _default_folder() -> Path:
+    """A folder of this user's own, where any user may make one. Raises: ValueError, another has made it."""
+    folder = Path(tempfile.gettempdir()) / f"tinybert-corpus-cache-{os.getuid()}"
+    with contextlib.suppress(OSError):  # it is there, or nothing can be made
+        folder.mkdir(mode=0o700)
+    if folder.is_symlink() or (folder.exists() and folder.stat().st_uid != os.getuid()):
+        # What lies in it could be links, through which this process would write.
+        raise ValueError(f"{folder} is not this user's own; remove it, or set data.cache.folder")
+    return folder
 
 
 def _lock(path: Path, how: int) -> int:

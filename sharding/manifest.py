@@ -9,6 +9,7 @@ import errno
 import functools
 import hashlib
 import json
+import re
 from dataclasses import asdict, dataclass
 from pathlib import Path, PurePosixPath
 from typing import Any, NamedTuple
@@ -20,6 +21,8 @@ from sharding.store import Store, StoreError
 
 MANIFEST_NAME = "manifest.json"
 FORMAT_VERSION = 2
+_PATH = re.compile(r"(?:train|heldout)/\d{5,}\.tar")
+_SHA256 = re.compile(r"[0-9a-f]{64}")
 
 
 class CorpusError(ValueError):
@@ -297,7 +300,17 @@ def _manifest_from(fields: dict[str, Any]) -> Manifest:
 
 
 def shard_from(fields: dict[str, Any]) -> Shard:
-    """A shard from its JSON (``asdict`` makes it)."""
+    """A shard from its JSON (``asdict`` makes it).
+
+    Raises: CorpusError for a path or checksum of another form than ours: files are read and cached by them, so
+        that ``../../x`` from a stranger's manifest would lead out of the corpus, or of the cache.
+    """
+    for name, form in (("path", _PATH), ("sha256", _SHA256)):
+        if not form.fullmatch(str(fields[name])):
+            raise CorpusError(
+                f"the manifest has a shard with {name}={fields[name]!r}, which no build writes; do not use "
+                "this corpus"
+            )
     columns = {name: tuple(fields[name]) for name in ("rows", "tokens")}
     members = {
         kind: Members(**{name: tuple(column) for name, column in fields[kind].items()})

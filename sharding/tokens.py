@@ -28,7 +28,7 @@ def load_tokenizer(name: str, revision: str | None) -> "PreTrainedTokenizerFast"
     from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
     try:
-        tokenizer = AutoTokenizer.from_pretrained(name, revision=revision)
+        tokenizer = AutoTokenizer.from_pretrained(name, revision=revision, trust_remote_code=False)
     except (OSError, ValueError) as error:
         raise CorpusError(
             f"tokenizer={name} cannot be loaded: {_first_line(error)}; give a hub name or a folder "

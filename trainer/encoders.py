@@ -42,7 +42,7 @@ def load_tokenizer(config: TeacherConfig) -> Any:
         ValueError: it cannot be read.
     """
     try:
-        return AutoTokenizer.from_pretrained(config.model, revision=config.revision)
+        return AutoTokenizer.from_pretrained(config.model, revision=config.revision, trust_remote_code=False)
     except (OSError, ValueError) as error:
         raise ValueError(f"teacher.model={config.model!r} has no tokenizer to read: {error}") from error
 
@@ -62,7 +62,8 @@ def load_encoder(model: str, head: bool = False, **settings: Any) -> PreTrainedM
     """Load an encoder without a pooler, quietly, unless weights are missing.
 
     Heads in the file that an encoder does not have are left unread; a weight that the file lacks would be
-    random, and nothing should learn from that unknowingly.
+    random, and nothing should learn from that unknowingly. Only safetensors are read: weights in PyTorch's own
+    format are a pickle, and code that a model brings with it is never run.
 
     Args:
         model: folder or hub name.
@@ -78,10 +79,18 @@ def load_encoder(model: str, head: bool = False, **settings: Any) -> PreTrainedM
     hf_logging.disable_progress_bar()
     try:
         encoder, report = _auto(head).from_pretrained(
-            model, **settings, **_no_pooler(config, head), output_loading_info=True
+            model,
+            **settings,
+            **_no_pooler(config, head),
+            use_safetensors=True,
+            trust_remote_code=False,
+            output_loading_info=True,
         )
     except (OSError, SafetensorError) as error:
-        raise ValueError(f"the weights of {model} cannot be read: {error}") from error
+        raise ValueError(
+            f"the weights of {model} cannot be read: {error} They must be a model.safetensors: save a model "
+            "that you trust as one with transformers (save_pretrained)"
+        ) from error
     finally:
         hf_logging.set_verbosity(verbosity)
     if report["missing_keys"]:
@@ -122,7 +131,7 @@ def empty_encoder(config: PreTrainedConfig, head: bool = False) -> PreTrainedMod
 def read_config(key: str, model: str, **settings: Any) -> PreTrainedConfig:
     """Return the ``transformers`` config of a folder or hub name; ``key`` is the setting that names it."""
     try:
-        return AutoConfig.from_pretrained(model, **settings)
+        return AutoConfig.from_pretrained(model, trust_remote_code=False, **settings)
     except (OSError, ValueError) as error:
         raise ValueError(
             f"{key}={model!r} cannot be read as the folder or hub name of an encoder: {error}"

@@ -33,6 +33,7 @@ from mlflow.system_metrics.system_metrics_monitor import SystemMetricsMonitor
 from mlflow.utils.credentials import get_default_host_creds
 from mlflow.utils.rest_utils import http_request
 
+from configs.public import public
 from trainer.outbox import Outbox
 
 REACH_S = 5.0  # how long a host may take to answer at the start
@@ -65,7 +66,7 @@ def resolve_uri(uri: str | None, default_folder: Path) -> str:
 def flatten(config: Mapping[str, Any]) -> dict[str, str | int | float]:
     """Nested config as MLflow params: dotted keys (``students.0.name``), values as YAML would show them.
 
-    Lists of plain values stay one param. Passwords inside URIs are left out.
+    Lists of plain values stay one param. Secrets are left out (``configs.public``).
     """
 
     def walk(key: str, value: Any) -> Iterator[tuple[str, str | int | float]]:
@@ -88,12 +89,7 @@ def _plain(value: Any) -> str | int | float:
     if isinstance(value, (int, float)) and not isinstance(value, bool):
         return value
     text = value if isinstance(value, str) else json.dumps(value, default=str)
-    return _public(text)
-
-
-def _public(text: str) -> str:
-    """``text`` without the user and password that a URI in it may carry."""
-    return re.sub(r"(\w://)[^/@\s]+@", r"\1", text)
+    return public(text)
 
 
 class Run:
@@ -169,7 +165,7 @@ class Run:
     @property
     def url(self) -> str:
         """Where a person looks at the run: its page on the server, or the command that shows the store."""
-        uri = _public(self._uri)
+        uri = public(self._uri)
         if uri.startswith("http"):
             page = f"/#/experiments/{self._experiment_id}/runs/{self.id}"
             return f"{uri.rstrip('/')}{page}?workflowType=machine_learning"  # else MLflow 3 opens on GenAI
@@ -207,7 +203,7 @@ class Run:
             name=name,
             digest=fingerprint[:MAX_DIGEST_CHARS],
             source_type="corpus",
-            source=json.dumps({"uri": _public(source)}),
+            source=json.dumps({"uri": public(source)}),
             profile=json.dumps(dict(profile)),
         )
         entry = DatasetInput(dataset, [InputTag("mlflow.data.context", "training")])
@@ -219,8 +215,8 @@ class Run:
         self._outbox.call(f"dataset {name}", send)
 
     def log_text(self, text: str, path: str) -> None:
-        """Queue a text as the artifact ``path``."""
-        self._outbox.call(path, lambda: self._client.log_text(self.id, text, path))
+        """Queue a text, without secrets, as the artifact ``path``."""
+        self._outbox.call(path, lambda: self._client.log_text(self.id, public(text), path))
 
     def log_artifacts(self, folder: Path, path: str) -> None:
         """Queue the files of ``folder`` as artifacts under ``path``; leave them in place until ``finish``."""
@@ -234,7 +230,7 @@ class Run:
         """Queue the status FAILED and the tag ``failed``, which says why; the run can still be logged to."""
 
         def send() -> None:
-            self._client.set_tag(self.id, "failed", reason)
+            self._client.set_tag(self.id, "failed", public(reason))
             self._client.set_terminated(self.id, "FAILED")
 
         self._outbox.call("status FAILED", send)
@@ -258,7 +254,7 @@ def _user() -> str:
 
 def _unusable(uri: str, happened: object) -> TrackingError:
     return TrackingError(
-        f"tracking.uri={_public(uri)} cannot be used: {_public(str(happened))}. Start the server or correct "
+        f"tracking.uri={public(uri)} cannot be used: {public(str(happened))}. Start the server or correct "
         "the URI; or track into a local file (tracking.uri=sqlite:////path/to/mlflow.db), or not at all "
         "(tracking.enabled=false)"
     )
@@ -324,7 +320,7 @@ def _describe(
     for start in range(0, len(new), MAX_BATCH_PARAMS):
         client.log_batch(stored.info.run_id, params=new[start : start + MAX_BATCH_PARAMS], synchronous=True)
     for key, value in {**tags, **changed}.items():
-        client.set_tag(stored.info.run_id, key, _public(value))
+        client.set_tag(stored.info.run_id, key, public(value))
     if any(len(value) > MAX_PARAM_CHARS for value in values.values()):
         client.log_text(stored.info.run_id, json.dumps(values, indent=1), "params.json")
 

@@ -61,10 +61,10 @@ def shown(folder: Path) -> tuple[str, str]:
 
 @pytest.fixture
 def checkout(tmp_path: Path) -> Path:
-    """The module alone, in a folder that is no repository yet."""
-    (tmp_path / "launcher").mkdir()
-    for name in ("__init__.py", "provenance.py"):
-        shutil.copy(ROOT / "launcher" / name, tmp_path / "launcher" / name)
+    """The module and what it imports, in a folder that is no repository yet."""
+    for name in ("launcher/__init__.py", "launcher/provenance.py", "configs/__init__.py", "configs/public.py"):
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        shutil.copy(ROOT / name, tmp_path / name)
     return tmp_path
 
 
