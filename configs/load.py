@@ -55,10 +55,20 @@ def load_config(schema: type[Config], path: str | Path | None, overrides: Sequen
     except (OmegaConfBaseException, FileNotFoundError) as error:
         problems.append(_first_line(error).rpartition("interpolation: ")[2])
 
-    _require_known_and_typed(schema, user, "", problems)
+    return from_dict(schema, user, problems)
+
+
+def from_dict(schema: type[Config], tree: Any, problems: Sequence[str] = ()) -> Config:
+    """Return the config of a tree of plain values, such as ``to_dict`` makes; what it lacks has its default.
+
+    Raises:
+        ConfigError: what is wrong with it, together with the ``problems`` that are known already.
+    """
+    problems = list(problems)
+    _require_known_and_typed(schema, tree, "", problems)
     if problems:
         raise ConfigError(problems)
-    config: Config = OmegaConf.to_object(OmegaConf.merge(_structured(schema), user))  # type: ignore[assignment]
+    config: Config = OmegaConf.to_object(OmegaConf.merge(_structured(schema), tree))  # type: ignore[assignment]
     problems = check_run(config) if isinstance(config, RunConfig) else check_corpus(config)
     if problems:
         raise ConfigError(problems)
@@ -173,8 +183,12 @@ def _first_line(error: Exception) -> str:
 
 def _package_file(package: str, relative: str = "") -> str:
     """Return the path of a file that an installed package ships, without importing the package."""
-    # Of a dotted name the package above is imported, and a config must execute nothing.
-    spec = importlib.util.find_spec(package) if package.isidentifier() else None
+    if "." in package:  # to find a part, Python imports the whole, and a config must execute nothing
+        raise FileNotFoundError(
+            f"${{package:{package}}}: {package} is no package but a part of one; name the package, then the "
+            f"path in it: ${{package:{package.replace('.', ',', 1).replace('.', '/')}}}"
+        )
+    spec = importlib.util.find_spec(package)
     if spec is None or not spec.submodule_search_locations:
         raise FileNotFoundError(f"${{package:{package}}}: package {package} is not installed; pip install it")
     path = Path(next(iter(spec.submodule_search_locations)), relative)

@@ -238,7 +238,7 @@ def test_a_file_of_an_installed_package(write, tmp_path, monkeypatch):
         ("no_such_package,model", "package no_such_package is not installed; pip install it"),
         ("yaml,model/none.bin", "yaml/model/none.bin does not exist in the package"),
         ("this", "package this is not installed"),  # a module, which holds no files
-        ("no_such_package.part,model", "No module named 'no_such_package'"),
+        ("yaml.part.of,model", "name the package, then the path in it: ${package:yaml,part/of}"),
     ],
 )
 def test_a_file_that_no_package_ships(write, reference, problem):
