@@ -83,6 +83,7 @@ def load_encoder(model: str, head: bool = False, **settings: Any) -> PreTrainedM
             **settings,
             **_no_pooler(config, head),
             use_safetensors=True,
+            weights_only=True,  # should its index lead to another kind of file all the same
             trust_remote_code=False,
             output_loading_info=True,
         )
