@@ -34,7 +34,7 @@ LATEST = "latest"
 WEIGHTS = "weights.safetensors"
 _MOMENTS = "moments.safetensors"
 _NAME = re.compile(r"step-(\d{8,})(?:\.(\d+))?")
-_RUN, _FILES = "run.json", "files.json"  # the latter is written last
+RUN, _FILES = "run.json", "files.json"  # the latter is written last
 
 
 class CheckpointError(ValueError):
@@ -128,9 +128,15 @@ def best(complete: Sequence[Path]) -> dict[str, Path]:
     return {student: path for student, (_, path) in found.items()}
 
 
+def list_named(folder: Path) -> list[Path]:
+    """Return all folders under ``folder`` that bear the name of a checkpoint, oldest first."""
+    found = folder.glob("step-*") if folder.is_dir() else []
+    return sorted((path for path in found if _NAME.fullmatch(path.name) and path.is_dir()), key=_age)
+
+
 def list_complete(folder: Path) -> list[Path]:
-    """Return the checkpoints under ``folder`` that are complete by their names, oldest first."""
-    return [path for path in _named(folder) if (path / _FILES).is_file()]
+    """Return those of them whose list of files, which is written last, is there."""
+    return [path for path in list_named(folder) if (path / _FILES).is_file()]
 
 
 def newest_intact(folder: Path, warn: Callable[[str], object]) -> Path | None:
@@ -142,7 +148,7 @@ def newest_intact(folder: Path, warn: Callable[[str], object]) -> Path | None:
         CheckpointError: there are checkpoints, and all of them are damaged.
     """
     damaged: dict[Path, str] = {}
-    for path in reversed(_named(folder)):
+    for path in reversed(list_named(folder)):
         if not (problems := verify(path)):
             break
         damaged[path] = "; ".join(problems)
@@ -186,7 +192,7 @@ def load(path: Path, verified: bool = False) -> Checkpoint:
 
 def read_run(path: Path) -> dict[str, Any]:
     """Return what a checkpoint says of its run: the fields of ``Checkpoint``, of its students but few."""
-    run: dict[str, Any] = json.loads((path / _RUN).read_text(encoding="utf-8"))
+    run: dict[str, Any] = json.loads((path / RUN).read_text(encoding="utf-8"))
     return run
 
 
@@ -276,11 +282,6 @@ def check_same_run(path: Path, config: dict[str, Any], fingerprint: str) -> None
         )
 
 
-def _named(folder: Path) -> list[Path]:
-    found = folder.glob("step-*") if folder.is_dir() else []
-    return sorted((path for path in found if _NAME.fullmatch(path.name) and path.is_dir()), key=_age)
-
-
 def _age(path: Path) -> tuple[int, int]:
     found = _NAME.fullmatch(path.name)
     assert found is not None, path
@@ -322,7 +323,7 @@ def _write(folder: Path, checkpoint: Checkpoint) -> None:
         "world_size": checkpoint.world_size,
         "heldout": checkpoint.heldout,
     }
-    (folder / _RUN).write_text(json.dumps(run, indent=1) + "\n", encoding="utf-8")
+    (folder / RUN).write_text(json.dumps(run, indent=1) + "\n", encoding="utf-8")
 
 
 def _write_tensors(path: Path, tensors: dict[str, Tensor]) -> None:

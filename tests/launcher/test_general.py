@@ -44,10 +44,8 @@ def test_a_run_on_two_ranks_from_start_to_export(run_config: dict[str, Any], gen
     weights = final_weights(run_config["output"])
     for name, value in exported.state_dict().items():
         assert name.startswith("pooler.") or torch.equal(value, weights[f"encoder.{name}"])
-    assert sorted(path.name for path in (output / "checkpoints").iterdir()) == [
-        "step-00000004",
-        "step-00000006",
-    ]
+    saved = [path.name for path in (output / "checkpoints").iterdir()]
+    assert sorted(saved) == ["latest", "step-00000004", "step-00000006"]
     assert (output / "config.yaml").is_file() and (output / "origin.json").is_file()
 
 

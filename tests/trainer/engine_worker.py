@@ -111,8 +111,10 @@ def run_case(case: dict[str, Any], place: world.World, shared: Path) -> dict[str
     handed = [first.state()]
     dist.broadcast_object_list(handed, src=0)
     saved = handed[0]
+    as_saved = copy.deepcopy(saved)
     end = train(first, place, range(3, 5))
     final = first.weights()
+    snapshot = equal(saved.weights, as_saved.weights) and equal(saved.moments, as_saved.moments)
 
     second = fresh(make_student(case["dropout"]))
     second.load(saved)
@@ -141,6 +143,7 @@ def run_case(case: dict[str, Any], place: world.World, shared: Path) -> dict[str
         "again": again,
         "updates": saved.updates,
         "loss_scale": [saved.loss_scale, restored.loss_scale],
+        "snapshot": snapshot,
         "restored": same_state and same_moments,
         "bitwise": bitwise,
         "rewound": rewound,

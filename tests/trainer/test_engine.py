@@ -132,6 +132,7 @@ def test_a_restored_state_continues_bitwise(
     assert found["updates"] == 3
     assert found["loss_scale"][0] == found["loss_scale"][1]
     assert bool(found["loss_scale"][0]) == name.endswith("fp16")
+    assert found["snapshot"], "later steps have changed a state that was taken before"
     assert found["restored"], "the state read back differs from the one that was set"
     assert found["again"] == found["end"]
     assert found["bitwise"], "the weights after the same steps differ"
