@@ -41,6 +41,7 @@ from trainer.export import export
 from trainer.interruption import Interruption
 from trainer.loop import NonFiniteError, Run, train
 from trainer.profile import Profile
+from trainer.watchdog import Watchdog
 from trainer.world import World
 
 log = logging.getLogger("distil")
@@ -94,6 +95,8 @@ def main() -> int:
 def distil(config: RunConfig, stations: Stations, profile_steps: int | None = None) -> int:
     """Run the whole job: check, connect, resume or start, train, export; return the exit code."""
     place = world.find(os.environ)
+    watchdog = Watchdog(place, config.timeouts.start_s)
+    stations.listener = watchdog.beat
     interruption = Interruption(place.rank, config.train.max_hours, stations.started_s)
     interruption.listen()
     world.share_cores(place, config.train.threads)
@@ -120,9 +123,9 @@ def distil(config: RunConfig, stations: Stations, profile_steps: int | None = No
     try:
         world.on_main(place, lambda: write_folder(config, place))
         run = build(config, place, corpora, resumed, stations)
-        run.interruption = interruption
+        run.interruption, run.beat = interruption, watchdog.beat
         del resumed  # weights and moments of every student: the engines have them now
-        reporter = Reporter(run, tracked, folder, stations)
+        reporter = Reporter(run, tracked, folder, stations, watchdog)
         reporter.started(resumed=newest is not None)
         if profile_steps is not None:
             run.profile = Profile(folder.path / "profile", place, run.speed, profile_steps, log.info)
@@ -132,6 +135,8 @@ def distil(config: RunConfig, stations: Stations, profile_steps: int | None = No
             reporter.finish_saving()
         if run.profile is not None:
             run.profile.close()
+        watchdog.beat("the end")
+        watchdog.limit(config.timeouts.start_s)  # exports, and uploads to a server that may be slow
         if stopped is None:
             finish(run, reporter, time.monotonic() - stations.started_s)
             failure, status = retired_error(run), "FINISHED"
@@ -148,6 +153,7 @@ def distil(config: RunConfig, stations: Stations, profile_steps: int | None = No
         if tracked is not None:
             tracked.finish(status)
     world.disconnect()
+    watchdog.close()
     if failure is not None:
         raise failure
     return exits.DONE if stopped is None else exits.STOPPED

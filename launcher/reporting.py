@@ -25,6 +25,7 @@ from trainer.rollback import roll_back
 from trainer.saving import Saved, Writer
 from trainer.tracking import Run as TrackedRun
 from trainer.tracking import flatten
+from trainer.watchdog import Watchdog
 from trainer.world import on_main
 
 log = logging.getLogger("distil")
@@ -119,7 +120,9 @@ class Tracked:
 class Reporter:
     """The loop's listener. Terminal, tracking and files happen on rank 0; saving is collective."""
 
-    def __init__(self, run: Run, tracked: Tracked | None, folder: RunFolder, stations: Stations) -> None:
+    def __init__(
+        self, run: Run, tracked: Tracked | None, folder: RunFolder, stations: Stations, watchdog: Watchdog
+    ) -> None:
         self.run = run
         self.config = run.config
         self.world = run.world
@@ -127,6 +130,7 @@ class Reporter:
         self.run_folder = folder
         self.folder = folder.path
         self.stations = stations
+        self.watchdog = watchdog
         self.revision = provenance.revision()
         self.heldout: tuple[int, dict[str, float]] = (0, {})  # last evaluation: step, total loss by student
         self.writer = Writer(
@@ -229,6 +233,7 @@ class Reporter:
     def training(self, progress: Progress) -> None:
         """Say how long it took from the process's start to the first step's end, by station."""
         self.stations.passed("first_step")
+        self.watchdog.limit(self.config.timeouts.step_s)  # nothing is loaded or compiled any more
         if not self.world.is_main:
             return
         seconds = self.stations.seconds

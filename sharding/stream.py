@@ -204,7 +204,7 @@ def stream(
     where there is one, and ``prefetch_blocks`` beyond the ones in use (a group at least) ahead of need.
 
     Raises:
-        ValueError: at once, when the rows are not a whole number of steps, or a step has fewer rows than ranks.
+        ValueError: at once, when the rows are not a whole number of steps, or too few for the ranks.
         CorpusError: at once for a missing split; while reading, for a shard that is damaged.
     """
     if start_row < 0 or global_batch_rows < 1 or (stop_row - start_row) % global_batch_rows:

@@ -2,7 +2,7 @@
 
 import time
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
@@ -54,6 +54,8 @@ class Stations:
 
     def __init__(self) -> None:
         self.seconds: dict[str, float] = {}
+        self.listener: Callable[[str], object] = lambda station: None
+        """Told every station that is passed: a watchdog's beat."""
         age_s = max(0.0, time.time() - psutil.Process().create_time())
         self.started_s = self._last_s = time.monotonic() - age_s
 
@@ -62,3 +64,4 @@ class Stations:
         now_s = time.monotonic()
         self.seconds[name] = self.seconds.get(name, 0.0) + now_s - self._last_s
         self._last_s = now_s
+        self.listener(f"the way from station '{name}' to the first step")

@@ -30,13 +30,14 @@ def evaluate(
     world: World,
     mask_damaged: bool = False,
     separator: int | None = None,
+    beat: Callable[[], object] = lambda: None,
 ) -> list[dict[str, float]]:
     """Return each student's losses, ``total`` first, over the first held-out rows (collective).
 
     Of several corpora each gives rows by its weight, ``rows`` in all, and its own losses come under
     ``corpus/<name>/`` as well. Every row is read by one rank; sums and counts are added up over all ranks, so
     the result does not depend on their number. All ranks make the same number of forward calls, which ZeRO
-    stage 3 needs; a rank whose rows are used up repeats one and leaves it out.
+    stage 3 needs; a rank whose rows are used up repeats one and leaves it out. Before each comes ``beat``.
 
     Raises: CorpusError for a damaged block, unless its rows are to be masked.
     """
@@ -49,6 +50,7 @@ def evaluate(
             sequential, corpus, "heldout", mask_damaged=mask_damaged, node_cache=corpora.node_cache
         )
         for batch, counted in _equal_turns(read, own_rows, micro_batch_rows, world):
+            beat()
             inputs = Inputs.of(batch, slice(None), world.device, separator)
             counts_B2 = row_counts(batch.ids_BS, batch.length_B, separator)
             targets = teacher(inputs)

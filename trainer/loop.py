@@ -14,7 +14,7 @@ A *rollback* takes all students back to the newest checkpoint, since they share 
 failed repeat bitwise what they did.
 """
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Protocol
 
@@ -106,6 +106,8 @@ class Run:
     """Id of the token that ends a document, where a row's documents are kept apart."""
     profile: Profile | None = None
     interruption: Interruption = field(default_factory=Interruption)
+    beat: Callable[[str], object] = lambda place: None
+    """Told what comes next, whenever the loop gets further: a watchdog's."""
 
     @property
     def active(self) -> list[Trainee]:
@@ -145,7 +147,9 @@ def _train(run: Run, listener: Listener) -> str | None:
     first = progress.step + 1
     if progress.step == 0 and config.evaluation.every_steps is not None:
         _evaluate(run, listener)
+    run.beat(f"the rows of step {first}")
     for batch in run.speed.timed(_batches(run)):
+        run.beat(f"step {progress.step + 1}")
         if config.data.damaged is Damaged.quarantine:
             batch = mask_damaged(batch, progress, run.world)
         tokens, leaving = accumulate_gradients(run, batch)
@@ -165,9 +169,11 @@ def _train(run: Run, listener: Listener) -> str | None:
         if _due(config.evaluation.every_steps, progress.step, end):
             _evaluate(run, listener)
         if _due(config.checkpoint.every_steps, progress.step, end) or progress.step == end or leaving:
+            run.beat(f"saving step {progress.step}")
             listener.save(progress)
         if leaving and progress.step < end:
             return "; ".join(reason for reason in gather_over_ranks(run.interruption.reason) if reason)
+        run.beat(f"the rows of step {progress.step + 1}")
     return None
 
 
@@ -292,6 +298,7 @@ def _evaluate(run: Run, listener: Listener) -> None:
         run.world,
         mask_damaged=run.config.data.damaged is Damaged.quarantine,
         separator=run.separator,
+        beat=lambda: run.beat(f"evaluation after step {run.progress.step}"),
     )
     for trainee in active:
         trainee.engine.train(True)

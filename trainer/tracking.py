@@ -238,8 +238,8 @@ class Run:
     def finish(self, status: str = "FINISHED", wait_s: float = 30.0) -> int:
         """Send what is queued, close the run, return the points lost.
 
-        ``status``: FINISHED, FAILED, KILLED or SCHEDULED (it goes on later). Gives up ``wait_s`` after the last
-        thing that the store took, and after ten times that in all.
+        ``status``: FINISHED, FAILED, KILLED or SCHEDULED (it goes on later). Gives up ``wait_s`` after the
+        last thing that the store took, and after ten times that in all.
         """
         self._outbox.call(f"status {status}", lambda: self._client.set_terminated(self.id, status))
         return self._outbox.close(wait_s)

@@ -12,7 +12,7 @@ import psutil
 import pytest
 from mlflow import MlflowClient
 
-from tests.launcher.conftest import Launch, command, student
+from tests.launcher.conftest import Launch, command, evaluations, student
 from tests.launcher.test_general import assert_equal, final_weights
 from trainer import exits
 
@@ -93,3 +93,66 @@ def test_asked_twice_at_once_it_saves_leaves_and_goes_on_bitwise(
     again = client.search_runs([experiment.experiment_id])
     assert {run.info.run_id for run in again} == {run.info.run_id for run in stored}
     assert {run.info.status for run in again} == {"FINISHED"}
+
+
+def test_the_end_of_the_time_is_a_stop(run_config: dict[str, Any], general: Launch) -> None:
+    """Over before the first step: it makes one, saves it, and is to be started again."""
+    done = general(run_config, "train.max_hours=1e-6")
+    assert done.returncode == exits.STOPPED, done.stderr
+    assert "STOPPED by train.max_hours=1e-06 are over" in done.stderr
+    assert [event["step"] for event in events(run_config["output"], "stopped")] == [1]
+    for steps in (2, 3):
+        assert general(run_config, "train.max_hours=1e-6").returncode == exits.STOPPED
+        assert events(run_config["output"], "stopped")[-1]["step"] == steps
+
+
+def test_a_run_rolled_back_ends_well_and_harms_no_other_student(
+    run_config: dict[str, Any], general: Launch, tmp_path: Path
+) -> None:
+    """A rate of 1e30 breaks the second step; one rollback multiplies it by 1e-32."""
+    run_config["deepspeed"] = {"zero_stage": 2}
+    assert general(run_config, f"output={tmp_path}/alone", ranks=2, by="torchrun").returncode == 0
+    wild = student("wild", layers=1, optimizer={"lr": 1e30, "warmup": 0.0, "max_grad_norm": None})
+    run_config["students"] = [wild, *run_config["students"]]
+    run_config["train"] |= {"non_finite": "rollback", "rollback_lr_factor": 1e-32}
+    uri = f"sqlite:///{tmp_path}/mlflow.db"
+    run_config["tracking"] = {"enabled": True, "uri": uri, "system_metrics": False}
+    done = general(run_config, ranks=2, by="torchrun")
+    assert done.returncode == 0, done.stderr
+    output = run_config["output"]
+    assert_equal(final_weights(output), final_weights(f"{tmp_path}/alone"))
+    (back,) = events(output, "rolled_back")
+    assert (back["student"], back["from_step"], back["step"]) == ("wild", 1, 0)
+    assert back["lr_scale"] == 1e-32 and "step 2 (rows from 24) is not finite" in back["reason"]
+    losses = [entry["losses"]["total"] for entry in evaluations(output) if entry["student"] == "wild"]
+    assert losses[-1] < losses[0]
+    client = MlflowClient(tracking_uri=uri)
+    experiment = client.get_experiment_by_name("distillation")
+    assert experiment is not None
+    runs = {run.info.run_name: run.data for run in client.search_runs([experiment.experiment_id])}
+    assert (
+        runs["wild"].metrics["optimizer/rollbacks"] == 1 and runs["small"].metrics["optimizer/rollbacks"] == 0
+    )
+
+
+def test_an_elastic_run_learns_the_same_on_any_number_of_ranks(
+    run_config: dict[str, Any], general: Launch, tmp_path: Path
+) -> None:
+    """26 rows on 1 rank, and on 3 ranks (9, 9 and 8 rows) from where 2 go on: without dropout the same."""
+    still = {"hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.0}
+    run_config["students"][0]["overrides"] = still
+    run_config["train"]["global_batch_rows"] = 26
+    whole, parts = str(tmp_path / "whole"), str(tmp_path / "parts")
+    refused = general(run_config, f"output={whole}", "train.micro_batch_rows=13", ranks=3, by="torchrun")
+    assert "global_batch_rows=26 is not a multiple of 39" in refused.stderr
+    assert "or allow any number of ranks with train.elastic=true" in refused.stderr
+    run_config["train"]["elastic"] = True
+    assert general(run_config, f"output={whole}").returncode == 0
+    three = ["deepspeed.zero_stage=3", f"output={parts}"]
+    done = general(run_config, *three, "train.max_hours=1e-6", ranks=3, by="torchrun")
+    assert "STOPPED by train.max_hours" in done.stderr, done.stderr
+    done = general(run_config, f"output={parts}", ranks=2, by="torchrun")
+    assert done.returncode == 0, done.stderr
+    assert [event["step"] for event in events(parts, "started")] == [0, 1]
+    for found, expected in zip(evaluations(parts), evaluations(whole), strict=True):
+        assert found["losses"] == pytest.approx(expected["losses"], rel=2e-4)
