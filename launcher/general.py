@@ -4,10 +4,12 @@ Runs alike under ``deepspeed``, ``torchrun``, ``srun`` and plain ``python``. Sta
 output folder, it resumes from the newest checkpoint there.
 """
 
+import gc
 import sys
 from pathlib import Path
 
 if __package__ in (None, ""):  # run as a script: launchers put this folder on sys.path, not the repository
+    gc.disable()  # imports make objects and hardly garbage; to look for it took a quarter of their time
     sys.path[0] = str(Path(__file__).resolve().parents[1])
     import configs  # noqa: F401  before transformers, which finds torchao and makes it talk
 
@@ -23,18 +25,18 @@ import torch
 import torch.distributed as dist
 
 from configs.deepspeed import derive
-from configs.load import ConfigError, load_config, to_dict, to_yaml
+from configs.load import load_config, to_dict, to_yaml
 from configs.public import log_publicly, public
 from configs.schema import RunConfig
 from launcher import provenance
 from launcher.assembly import build
-from launcher.checks import check, teacher_memory
+from launcher.checks import check, check_memory
 from launcher.reporting import Reporter, Tracked, duration
 from launcher.runfolder import RunFolder
 from sharding.corpora import Corpora
 from sharding.files import write_text
 from trainer import checkpoint as checkpoints
-from trainer import encoders, engine, exits, memory, world
+from trainer import encoders, engine, exits, world
 from trainer.checkpoint import Checkpoint
 from trainer.clock import Stations
 from trainer.export import export
@@ -53,6 +55,8 @@ def main() -> int:
     """Run the job; return the exit code, see ``trainer.exits``."""
     stations = Stations()
     stations.passed("imports")
+    gc.freeze()  # what has been imported stays
+    gc.enable()
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
@@ -103,9 +107,7 @@ def distil(config: RunConfig, stations: Stations, profile_steps: int | None = No
     if config.train.deterministic:
         torch.use_deterministic_algorithms(True)
     corpora = check(config, place)
-    found, free = teacher_memory(config, place, corpora), memory.free_memory(place.device)
-    if problems := memory.check_fits(config.teacher, found, place, free):
-        raise ConfigError(problems)
+    check_memory(config, place, corpora)
     stations.passed("checks")
     world.connect(place, os.environ, COLLECTIVE_TIMEOUT)
     engine.attach()
@@ -127,16 +129,7 @@ def distil(config: RunConfig, stations: Stations, profile_steps: int | None = No
         del resumed  # weights and moments of every student: the engines have them now
         reporter = Reporter(run, tracked, folder, stations, watchdog)
         reporter.started(resumed=newest is not None)
-        if profile_steps is not None:
-            run.profile = Profile(folder.path / "profile", place, run.speed, profile_steps, log.info)
-        try:
-            stopped = train(run, reporter)
-        finally:
-            reporter.finish_saving()
-        if run.profile is not None:
-            run.profile.close()
-        watchdog.beat("the end")
-        watchdog.limit(config.timeouts.start_s)  # exports, and uploads to a server that may be slow
+        stopped = conduct(run, reporter, profile_steps)
         if stopped is None:
             finish(run, reporter, time.monotonic() - stations.started_s)
             failure, status = retired_error(run), "FINISHED"
@@ -157,6 +150,20 @@ def distil(config: RunConfig, stations: Stations, profile_steps: int | None = No
     if failure is not None:
         raise failure
     return exits.DONE if stopped is None else exits.STOPPED
+
+
+def conduct(run: Run, reporter: Reporter, profile_steps: int | None) -> str | None:
+    """Train to the end or until asked to leave, saved either way; return why it was left early."""
+    if profile_steps is not None:
+        run.profile = Profile(reporter.folder / "profile", run.world, run.speed, profile_steps, log.info)
+    try:
+        stopped = train(run, reporter)
+    finally:
+        reporter.finish_saving()
+    if run.profile is not None:
+        run.profile.close()
+    reporter.ending()
+    return stopped
 
 
 def newest_checkpoint(config: RunConfig, corpora: Corpora) -> Path | None:
