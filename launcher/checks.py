@@ -58,3 +58,14 @@ def teacher_memory(config: RunConfig, place: World, corpora: Corpora) -> dict[Pl
     need = teacher_need([shapes.transfer(student, shape) for student in config.students])
     seq_len = max(corpus.manifest.seq_len for corpus in corpora.corpora)
     return memory.placements(config.teacher, shape, need, place, config.train.micro_batch_rows, seq_len)
+
+
+def check_memory(config: RunConfig, place: World, corpora: Corpora) -> None:
+    """Refuse a teacher that does not fit as it is placed.
+
+    Raises:
+        ConfigError: names what would fit.
+    """
+    found, free = teacher_memory(config, place, corpora), memory.free_memory(place.device)
+    if problems := memory.check_fits(config.teacher, found, place, free):
+        raise ConfigError(problems)

@@ -244,6 +244,11 @@ class Reporter:
             figures = {f"start/{name}_s": own_s for name, own_s in seconds.items()}
             self.tracked.run.log_metrics(figures, progress.step)
 
+    def ending(self) -> None:
+        """Steps are over: exports follow, and uploads to a server that may be slow."""
+        self.watchdog.limit(self.config.timeouts.start_s)
+        self.watchdog.beat("the end")
+
     def stopped(self, reason: str) -> None:
         """Say why the run leaves early, and how it goes on."""
         if not self.world.is_main:
