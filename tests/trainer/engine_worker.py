@@ -9,7 +9,7 @@ import copy
 import json
 import os
 import sys
-from datetime import timedelta
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +20,7 @@ from torch import Tensor
 from transformers import BertConfig, BertModel
 
 from configs.student_schema import OptimizerConfig, Projection
-from trainer import engine, world
+from trainer import engine, meeting, world
 from trainer.capture import enable_capture
 from trainer.engine import Engine
 from trainer.layout import Layout
@@ -90,8 +90,8 @@ def equal(left: dict[str, Tensor], right: dict[str, Tensor]) -> bool:
     return left.keys() == right.keys() and all(torch.equal(left[name], right[name]) for name in left)
 
 
-def run_case(case: dict[str, Any], place: world.World, shared: Path) -> dict[str, Any]:
-    """Run one case; ``shared`` hands a state on to a later start with another number of ranks."""
+def make_engine(case: dict[str, Any], place: world.World) -> Engine:
+    """A new engine of a new student."""
     settings = {
         "train_batch_size": ROWS,
         "train_micro_batch_size_per_gpu": MICRO_ROWS,
@@ -100,13 +100,15 @@ def run_case(case: dict[str, Any], place: world.World, shared: Path) -> dict[str
         "zero_force_ds_cpu_optimizer": False,
         **case["deepspeed"],
     }
+    own = Engine(make_student(case["dropout"]), OPTIMIZER, copy.deepcopy(settings), place)
+    own.train()
+    return own
 
-    def fresh(module: Student) -> Engine:
-        own = Engine(module, OPTIMIZER, copy.deepcopy(settings), place)
-        own.train()
-        return own
 
-    first = fresh(make_student(case["dropout"]))
+def run_case(case: dict[str, Any], place: world.World, shared: Path) -> dict[str, Any]:
+    """Run one case; ``shared`` hands a state on to a later start with another number of ranks."""
+    fresh = partial(make_engine, case, place)
+    first = fresh()
     start = train(first, place, range(3))
     handed = [first.state()]
     dist.broadcast_object_list(handed, src=0)
@@ -116,7 +118,7 @@ def run_case(case: dict[str, Any], place: world.World, shared: Path) -> dict[str
     final = first.weights()
     snapshot = equal(saved.weights, as_saved.weights) and equal(saved.moments, as_saved.moments)
 
-    second = fresh(make_student(case["dropout"]))
+    second = fresh()
     second.load(saved)
     restored = second.state()
     same_state = equal(restored.weights, first_on_main(saved.weights, place))
@@ -134,7 +136,7 @@ def run_case(case: dict[str, Any], place: world.World, shared: Path) -> dict[str
     elastic = None
     if shared.exists():
         other = torch.load(shared, weights_only=False)
-        third = fresh(make_student(case["dropout"]))
+        third = fresh()
         third.load(other)
         elastic = train(third, place, range(3, 5))
     return {
@@ -163,7 +165,7 @@ def main() -> None:
     cases, results, shared = (Path(argument) for argument in sys.argv[-3:])
     place = world.find(os.environ)
     world.share_cores(place, 1)
-    world.connect(place, os.environ, timedelta(seconds=60))
+    meeting.connect(place, os.environ)
     engine.attach()
     # DeepSpeed refuses fp16 engines on CPU, though torch computes in it: slowly, which is no matter here.
     type(get_accelerator()).is_fp16_supported = lambda self: True
