@@ -62,8 +62,8 @@ def load_encoder(model: str, head: bool = False, **settings: Any) -> PreTrainedM
     """Load an encoder without a pooler, quietly, unless weights are missing.
 
     Heads in the file that an encoder does not have are left unread; a weight that the file lacks would be
-    random, and nothing should learn from that unknowingly. Only safetensors are read: weights in PyTorch's own
-    format are a pickle, and code that a model brings with it is never run.
+    random, and nothing should learn from that unknowingly. Only safetensors are read: weights in PyTorch's
+    own format are a pickle. Code that a model brings with it is never run.
 
     Args:
         model: folder or hub name.

@@ -23,7 +23,7 @@ from contextlib import closing
 from enum import Enum
 from pathlib import Path
 from typing import Any
-from urllib.parse import urlsplit
+from urllib.parse import unquote, urlsplit, urlunsplit
 
 from mlflow import MlflowClient
 from mlflow.entities import Dataset, DatasetInput, InputTag, Metric, Param
@@ -140,7 +140,7 @@ class Run:
         Raises:
             TrackingError: The store cannot be reached or refuses, or does not hold ``run_id``.
         """
-        uri = resolve_uri(uri, default_folder)
+        uri = _credentials_apart(resolve_uri(uri, default_folder))
         for variable, value in HTTP_DEFAULTS.items():
             os.environ.setdefault(variable, value)
         own_tags = {"mlflow.source.type": "LOCAL", "mlflow.user": _user(), **tags}
@@ -153,7 +153,7 @@ class Run:
             client = MlflowClient(tracking_uri=uri)
             if run_id is None:
                 experiment_id = _experiment_id(client, experiment, _artifact_folder(uri, default_folder))
-                stored = client.create_run(experiment_id, run_name=name)
+                stored = client.create_run(experiment_id, run_name=public(name))
             else:
                 stored = client.get_run(run_id)
                 client.update_run(run_id, status="RUNNING")
@@ -243,6 +243,16 @@ class Run:
         """
         self._outbox.call(f"status {status}", lambda: self._client.set_terminated(self.id, status))
         return self._outbox.close(wait_s)
+
+
+def _credentials_apart(uri: str) -> str:
+    """A server's URI without user and password: MLflow prints it, and takes them from the environment too."""
+    parts = urlsplit(uri)
+    if parts.scheme not in ("http", "https") or "@" not in parts.netloc:
+        return uri
+    os.environ["MLFLOW_TRACKING_USERNAME"] = unquote(parts.username or "")
+    os.environ["MLFLOW_TRACKING_PASSWORD"] = unquote(parts.password or "")
+    return urlunsplit(parts._replace(netloc=parts.netloc.rpartition("@")[2]))
 
 
 def _user() -> str:

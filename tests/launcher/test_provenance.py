@@ -62,7 +62,12 @@ def shown(folder: Path) -> tuple[str, str]:
 @pytest.fixture
 def checkout(tmp_path: Path) -> Path:
     """The module and what it imports, in a folder that is no repository yet."""
-    for name in ("launcher/__init__.py", "launcher/provenance.py", "configs/__init__.py", "configs/public.py"):
+    for name in (
+        "launcher/__init__.py",
+        "launcher/provenance.py",
+        "configs/__init__.py",
+        "configs/public.py",
+    ):
         (tmp_path / name).parent.mkdir(exist_ok=True)
         shutil.copy(ROOT / name, tmp_path / name)
     return tmp_path
@@ -75,6 +80,7 @@ def test_code_outside_any_repository_is_of_unknown_revision(checkout, monkeypatc
 
 def test_the_revision_and_what_was_changed_since(checkout, monkeypatch):
     monkeypatch.setenv("PYTHONDONTWRITEBYTECODE", "1")
+    monkeypatch.setenv("HF_TOKEN", "planted-token")
     git(checkout, "init", "-q")
     git(checkout, "add", "launcher")
     git(checkout, "commit", "-q", "-m", "first")
@@ -83,7 +89,7 @@ def test_the_revision_and_what_was_changed_since(checkout, monkeypatch):
     (checkout / "notes.txt").write_text("not part of the code")
     assert shown(checkout) == (commit, "")
     with (checkout / "launcher/provenance.py").open("a") as file:
-        file.write("# tried something\n")
+        file.write("# tried something with planted-token\n")
     revision, changes = shown(checkout)
     assert revision == f"{commit}-dirty"
-    assert "+# tried something" in changes and "provenance.py" in changes
+    assert "+# tried something with ***" in changes and "provenance.py" in changes

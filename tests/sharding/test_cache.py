@@ -6,6 +6,7 @@ import multiprocessing
 import os
 import random
 import signal
+import tempfile
 import time
 from collections.abc import Callable, Iterator
 from contextlib import suppress
@@ -269,3 +270,22 @@ def test_many_processes_under_a_tight_budget_and_kills(tmp_path: Path) -> None:
     for path in tmp_path.iterdir():
         if path.is_file() and path.name != "used":
             assert cache.read(path.name, 0, SIZE + 1) == content_of(path.name)
+
+
+@pytest.mark.parametrize("of", ["link", "another user"])
+def test_a_folder_of_another_user_is_not_used(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, of: str
+) -> None:
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
+    folder = NodeCache(None, SIZE).folder
+    assert folder.parent == tmp_path and folder.stat().st_mode & 0o777 == 0o700
+    assert NodeCache(None, SIZE).folder == folder  # this user's own
+    if of == "link":
+        folder.rename(tmp_path / "elsewhere")
+        folder.symlink_to(tmp_path / "elsewhere")
+    elif os.getuid():
+        pytest.skip("only root can give a folder to another user")
+    else:
+        os.chown(folder, 12345, 12345)
+    with pytest.raises(ValueError, match="is not this user's own; remove it, or set data.cache.folder"):
+        NodeCache(None, SIZE)

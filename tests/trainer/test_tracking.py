@@ -1,5 +1,6 @@
 """Tracking against real stores: an SQLite file, and a real ``mlflow server`` that is killed and restarted."""
 
+import base64
 import json
 import logging
 import math
@@ -8,9 +9,11 @@ import signal
 import socket
 import subprocess
 import sys
+import threading
 import time
 import urllib.request
 from collections.abc import Callable, Iterator
+from http.server import BaseHTTPRequestHandler, HTTPServer
 from pathlib import Path
 from typing import Any
 
@@ -304,3 +307,28 @@ def test_flatten() -> None:
         "odd _key_": 1,
         "tracking.uri": "http://host:5000",
     }
+
+
+def test_a_password_in_the_uri_reaches_the_server_and_nobody_else(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for name in ("MLFLOW_TRACKING_USERNAME", "MLFLOW_TRACKING_PASSWORD"):
+        monkeypatch.setenv(name, "another")
+    asked: list[str | None] = []
+
+    class Refusing(BaseHTTPRequestHandler):
+        def do_GET(self) -> None:
+            asked.append(self.headers["Authorization"])
+            self.send_error(401)
+
+        do_POST = do_GET
+
+    server = HTTPServer(("127.0.0.1", 0), Refusing)
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+    uri = f"http://me:sword%40fish@127.0.0.1:{server.server_port}"
+    with pytest.raises(TrackingError) as refused:
+        Run.start(uri=uri, default_folder=tmp_path, experiment="e", name="r", params={}, tags={})
+    server.shutdown()
+    server.server_close()
+    assert {*asked} == {"Basic " + base64.b64encode(b"me:sword@fish").decode()}
+    assert "sword" not in str(refused.value) + "".join(capsys.readouterr())
