@@ -20,7 +20,7 @@ def command() -> str:
 
 
 def revision() -> str:
-    """Return the git commit of this checkout, ``-dirty`` behind it when files differ; in an image, its own."""
+    """Return the git commit of this checkout, ``-dirty`` behind it where files differ; else the image's."""
     commit = _git("rev-parse", "HEAD")
     if commit is None:
         return os.environ.get("TINYBERT_REVISION", "unknown")
