@@ -1,0 +1,56 @@
+#!/usr/bin/env bash
+# Submits stages that follow each other, each when the one before has ended well. From the repository's root,
+# with everything on a file system that all nodes share:
+#
+#   launcher/slurm/pipeline.sh \
+#       corpus 32 --config configs/corpus_wikipedia.yaml output=/shared/wiki -- \
+#       --nodes=4 general --config configs/general_4x312.yaml data.corpus=/shared/wiki output=/shared/run -- \
+#       task sst2,mnli --config task.yaml output=/shared/runs/{task} students.0.init=/shared/run/export/tinybert-4x312
+#
+# A stage is one of corpus (the first only), general, task, sweep, with the arguments of its script in this
+# folder, in any number; options of sbatch come before it. It prints the jobs' numbers.
+set -euo pipefail
+
+usage() {
+    echo "usage: launcher/slurm/pipeline.sh [sbatch options] corpus|general|task|sweep ARGUMENTS [-- ...]" >&2
+    exit 2
+}
+
+after=()
+submit() {
+    local options=("${after[@]}") job
+    while [[ ${1:-} == -* ]]; do
+        options+=("$1")
+        shift
+    done
+    local stage="${1:-}" list="${2:-}"
+    case "${stage}" in
+        corpus)
+            [[ ${#options[@]} == 0 ]] || usage # corpus.sh takes them from the environment
+            job="$(launcher/slurm/corpus.sh "${@:2}")"
+            echo "corpus: ${job}"
+            job="${job##* }"
+            ;;
+        general | task | sweep)
+            case "${stage}" in
+                task) options+=("--array=0-$(tr -cd , <<<"${list}" | wc -c)") ;;
+                sweep) options+=("--array=1-$(wc -l <"${list}")") ;;
+            esac
+            job="$(sbatch --parsable "${options[@]}" "launcher/slurm/${stage}.sbatch" "${@:2}")"
+            job="${job%%;*}"
+            echo "${stage}: ${job}"
+            ;;
+        *) usage ;;
+    esac
+    after=("--dependency=afterok:${job}" --kill-on-invalid-dep=yes)
+}
+
+stage=()
+for word in "$@" --; do
+    if [[ ${word} != -- ]]; then
+        stage+=("${word}")
+    else
+        submit "${stage[@]}"
+        stage=()
+    fi
+done
