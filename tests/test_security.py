@@ -13,6 +13,7 @@ import zlib
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
+from xml.etree.ElementTree import ParseError
 
 import numpy as np
 import pytest
@@ -321,3 +322,16 @@ def test_the_script_of_a_data_set_is_not_run(
     source = SourceConfig(kind=SourceKind.datasets, path=str(folder))
     with pytest.raises(CorpusError, match="no longer supported"):
         parts(source)
+
+
+def test_entities_of_a_dump_read_no_files(tmp_path: Path) -> None:
+    (tmp_path / "secret").write_text("swordfish")
+    page = "<page><title>t</title><ns>0</ns><id>1</id><revision><id>1</id><text>{}</text></revision></page>"
+    dump = f'<!DOCTYPE x [<!ENTITY e SYSTEM "file://{tmp_path}/secret">]>\n<mediawiki>{page.format("&e;")}</mediawiki>'
+    (tmp_path / "dump.xml").write_text(dump)
+    source = SourceConfig(kind=SourceKind.mediawiki, path=str(tmp_path / "dump.xml"))
+    try:
+        found = [document.text for part in parts(source) for document in documents(source, part)]
+    except (CorpusError, ParseError) as error:
+        found = [str(error)]
+    assert found and "swordfish" not in "".join(found)
