@@ -34,8 +34,8 @@ from trainer.checkpoint import (
     RUN,
     WEIGHTS,
     CheckpointError,
-    file_sizes,
     list_complete,
+    list_files,
     list_named,
     read_run,
     retained,
@@ -159,7 +159,7 @@ def _described(path: Path) -> tuple[str, ...]:
     return (
         f"{run['progress']['rows']:,}",
         ", ".join(students),
-        _megabytes(sum(file_sizes(path).values())),
+        _megabytes(sum(size for size, _ in list_files(path).values())),
         ", ".join(f"{name} {loss:.4f}" for name, loss in run["heldout"].items()),
         str(run["world_size"]),
         run["revision"][:12],

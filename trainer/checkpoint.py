@@ -186,8 +186,8 @@ def load(path: Path, verified: bool = False) -> Checkpoint:
         progress = Progress(**run.pop("progress"))
         progress.quarantined = [(corpus, block) for corpus, block in progress.quarantined]
         return Checkpoint(progress=progress, students=students, **run)
-    except (KeyError, TypeError) as error:
-        raise CheckpointError(f"checkpoint {path} is of another version of this code: {error}") from error
+    except (KeyError, TypeError, SafetensorError) as error:
+        raise CheckpointError(f"checkpoint {path} is not of this version of the code: {error}") from error
 
 
 def read_run(path: Path) -> dict[str, Any]:
@@ -196,14 +196,20 @@ def read_run(path: Path) -> dict[str, Any]:
     return run
 
 
-def file_sizes(path: Path) -> dict[str, int]:
-    """Return the bytes of every file of a checkpoint, as listed.
+def list_files(path: Path) -> dict[str, tuple[int, str]]:
+    """Return the size in bytes and the SHA-256 that every file of a checkpoint must have.
 
     Raises:
         OSError, ValueError: the list cannot be read.
     """
-    listed = json.loads((path / _FILES).read_text(encoding="utf-8"))
-    return {name: expected["bytes"] for name, expected in listed.items()}
+    try:
+        listed = json.loads((path / _FILES).read_text(encoding="utf-8"))
+        files = {name: (entry["bytes"], entry["sha256"]) for name, entry in listed.items()}
+    except (AttributeError, KeyError, TypeError) as error:
+        raise ValueError(f"it is no list of files: {error!r}") from error
+    if RUN not in files:
+        raise ValueError(f"it lacks {RUN}")
+    return files
 
 
 def step_of(path: Path) -> int:
@@ -214,19 +220,18 @@ def step_of(path: Path) -> int:
 def verify(path: Path, files: Collection[str] | None = None) -> list[str]:
     """Return what is wrong with a checkpoint's files, or with these of them; empty when all is well."""
     try:
-        listed = json.loads((path / _FILES).read_text(encoding="utf-8"))
+        listed = list_files(path)
     except (OSError, ValueError) as error:
         return [f"{_FILES} cannot be read ({error})"]
     problems = []
     for name in listed if files is None else files:
-        file = path / name
+        file, (size, digest) = path / name, listed.get(name, (None, None))
         try:
-            size = file.stat().st_size
-            if name not in listed:
+            if size is None:
                 problems.append(f"{name} is not listed in {_FILES}")
-            elif size != listed[name]["bytes"]:
-                problems.append(f"{name} has {size} bytes instead of {listed[name]['bytes']}")
-            elif sha256(file) != listed[name]["sha256"]:
+            elif file.stat().st_size != size:
+                problems.append(f"{name} has {file.stat().st_size} bytes instead of {size}")
+            elif sha256(file) != digest:
                 problems.append(f"{name} does not match its checksum")
         except FileNotFoundError:
             problems.append(f"{name} is missing")
@@ -241,9 +246,16 @@ def is_student(folder: str) -> bool:
 
 
 def weight_shapes(folder: Path) -> dict[str, tuple[int, ...]]:
-    """Return the shape of every weight of a student in a checkpoint, by name, without reading them."""
-    with safe_open(folder / WEIGHTS, "pt") as file:
-        return {name: tuple(file.get_slice(name).get_shape()) for name in file.keys()}  # noqa: SIM118
+    """Return the shape of every weight of a student in a checkpoint, by name, without reading them.
+
+    Raises:
+        CheckpointError: they are no safetensors.
+    """
+    try:
+        with safe_open(folder / WEIGHTS, "pt") as file:
+            return {name: tuple(file.get_slice(name).get_shape()) for name in file.keys()}  # noqa: SIM118
+    except SafetensorError as error:
+        raise CheckpointError(f"{folder / WEIGHTS} cannot be read: {error}") from error
 
 
 def check_same_run(path: Path, config: dict[str, Any], fingerprint: str) -> None:
