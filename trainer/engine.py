@@ -211,18 +211,18 @@ class Engine:
         for name, parameter in self.module.named_parameters():
             full = self._full(parameter)
             if self._world.is_main:
-                weights[name] = full[0].to("cpu", torch.float32, copy=True)
+                weights[name] = full[0].to("cpu", torch.float32)
                 for key, value in zip(MOMENTS, full[1:], strict=True):
-                    moments[f"{key}.{name}"] = value.to("cpu", torch.float32, copy=True)
+                    moments[f"{key}.{name}"] = value.to("cpu", torch.float32)
         return EngineState(weights, moments, self._updates(), self._loss_scale())
 
     def weights(self) -> Mapping[str, Tensor]:
         """Return the float32 weights by name (collective); complete on rank 0, empty elsewhere."""
         weights = {}
         for name, parameter in self.module.named_parameters():
-            full = parameter if self._stage == 0 else safe_get_full_fp32_param(parameter)
+            full = parameter.clone() if self._stage == 0 else safe_get_full_fp32_param(parameter)
             if self._world.is_main:
-                weights[name] = full.detach().to("cpu", torch.float32, copy=True)
+                weights[name] = full.detach().to("cpu", torch.float32)
         return weights
 
     def load(self, state: EngineState) -> None:
@@ -265,9 +265,10 @@ class Engine:
             self._optimizer._lazy_init_hp_params_optimizer_state()
 
     def _full(self, parameter: nn.Parameter) -> list[Tensor]:
-        """Return one parameter's float32 weights and moments, whole (collective)."""
+        """Return one parameter's float32 weights and moments, whole, in memory of their own (collective)."""
         if self._stage == 0:
-            return [parameter.detach(), *(self._adamw.state[parameter][key] for key in MOMENTS)]
+            moments = self._adamw.state[parameter]
+            return [parameter.detach().clone(), *(moments[key].clone() for key in MOMENTS)]
         moments = (safe_get_full_optimizer_state(parameter, key) for key in MOMENTS)
         return [safe_get_full_fp32_param(parameter), *moments]
 
