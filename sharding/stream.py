@@ -3,6 +3,7 @@
 Letters: B rows of this rank in one step, S sequence length of the corpora that the step draws from.
 """
 
+import ctypes
 import logging
 import signal
 from collections.abc import Collection, Iterable, Iterator
@@ -22,6 +23,8 @@ from sharding.manifest import Corpus, CorpusError
 from sharding.order import Order, rank_slice
 
 log = logging.getLogger(__name__)
+
+PR_SET_PDEATHSIG = 1  # linux/prctl.h
 
 
 @dataclass(frozen=True)
@@ -234,18 +237,21 @@ def stream(
         num_workers=workers,
         prefetch_factor=prefetch_steps,
         pin_memory=pin_memory,
-        worker_init_fn=_leave_signals_to_the_parent,
+        worker_init_fn=_live_as_long_as_the_parent,
     )
     return _batches(loader, pin_memory)
 
 
-def _leave_signals_to_the_parent(worker: int) -> None:
-    """Schedulers signal every process of a job; a reader that died of it would end a run that wants to save.
+def _live_as_long_as_the_parent(worker: int) -> None:
+    """Readers end when their parent tells them to, or dies; not before, and not after.
 
-    Readers end when their parent tells them to, or is gone.
+    Schedulers signal every process of a job; a reader that died of it would end a run that wants to save. And
+    readers have their parent's connections open: while one lives, the other ranks do not see that the parent
+    is gone. The DataLoader's own readers look for their parent every 5 s.
     """
     for number in (signal.SIGTERM, signal.SIGUSR1):
         signal.signal(number, signal.SIG_IGN)
+    ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
 
 
 def _as_it_is(packed: Any) -> Any:

@@ -1,6 +1,8 @@
 """The stream: equal for any number of readers and ranks, and loud about damage."""
 
 import shutil
+import subprocess
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -10,6 +12,8 @@ import torch
 from sharding.manifest import CorpusError, open_corpus
 from sharding.order import Order
 from sharding.stream import Batch, sequential, stream
+
+ROOT = Path(__file__).resolve().parents[2]
 
 
 def read(
@@ -53,6 +57,24 @@ def test_reader_processes_do_not_change_the_batches(tiny_corpus: Path, workers: 
     assert len(alone) == len(spread)
     for left, right in zip(alone, spread, strict=True):
         assert_equal(left, right)
+
+
+def test_a_reader_dies_with_its_parent(tiny_corpus: Path) -> None:
+    """It has the parent's standard output too, which ends with both only. Its own look for it is put off."""
+    script = f"""
+import os, torch.utils.data._utils.worker as worker
+worker.MP_STATUS_CHECK_INTERVAL = 3600
+from sharding.manifest import open_corpus
+from sharding.stream import stream
+settings = dict(seed=5, group_blocks=3, start_row=0, stop_row=1440, global_batch_rows=48, prefetch_steps=2)
+batches = stream(open_corpus({str(tiny_corpus)!r}), "train", rank=0, world_size=1, workers=1, **settings)
+print(next(batches).position, flush=True)
+os.kill(os.getpid(), 9)
+"""
+    done = subprocess.run(
+        [sys.executable, "-c", script], stdout=subprocess.PIPE, text=True, timeout=120, cwd=ROOT
+    )
+    assert (done.returncode, done.stdout) == (-9, "48\n")
 
 
 @pytest.mark.parametrize("world_size", [2, 3, 4])
