@@ -20,7 +20,6 @@ import os
 import sys
 import tempfile
 from collections.abc import Callable, Iterable, Sequence
-from datetime import timedelta
 from functools import partial
 from itertools import repeat
 from pathlib import Path
@@ -38,7 +37,7 @@ from configs.deepspeed import derive
 from configs.schema import DeepSpeedConfig, Precision, RunConfig, TeacherConfig, TrainConfig
 from configs.student_schema import StudentConfig
 from sharding.stream import Batch
-from trainer import engine, world
+from trainer import engine, meeting, world
 from trainer.checkpoint import Progress
 from trainer.clock import Clock
 from trainer.encoders import DTYPES
@@ -116,7 +115,7 @@ class Ours:
 
     def __call__(self) -> None:
         batch = next(self.batches)
-        tokens = accumulate_gradients(self.run, batch)
+        tokens, _ = accumulate_gradients(self.run, batch)
         for trainee in self.run.trainees:
             with self.run.speed.clock.part(f"{trainee.config.name}/optimizer"):
                 trainee.engine.step(1e-4)
@@ -291,7 +290,7 @@ def connected() -> World:
     """Return this process's place in the world, connected, DeepSpeed attached."""
     place = world.find(os.environ)
     world.share_cores(place, None)
-    world.connect(place, os.environ, timedelta(minutes=10))
+    meeting.connect(place, os.environ)
     engine.attach()
     return place
 

@@ -21,7 +21,6 @@ import socket
 import subprocess
 import time
 from dataclasses import replace
-from datetime import timedelta
 from functools import partial
 
 import torch
@@ -35,7 +34,7 @@ from configs.schema import RunConfig
 from configs.student_schema import StudentConfig
 from launcher.reporting import by_kind, duration
 from sharding.manifest import Corpus, open_corpus
-from trainer import encoders, models, shapes, world
+from trainer import encoders, meeting, models, shapes, world
 from trainer.capture import Captured
 from trainer.evaluation import evaluate
 from trainer.models import Inputs
@@ -155,7 +154,7 @@ def teacher_layers(config: RunConfig, student: StudentConfig, corpus: Corpus) ->
     It is as wide as the teacher, so it needs no projection; the layers below those that it keeps are gone.
     """
     place = world.World(rank=0, size=1, local_rank=0, local_size=1, device=torch.device("cpu"))
-    world.connect(place, {}, timedelta(minutes=5))
+    meeting.connect(place, {})
     try:
         hf_config = encoders.load_teacher_config(config.teacher)
         wide = replace(

@@ -18,7 +18,6 @@ import json
 import logging
 import os
 import time
-from datetime import timedelta
 from typing import Any
 
 import torch
@@ -36,7 +35,7 @@ from launcher.runfolder import RunFolder
 from sharding.corpora import Corpora
 from sharding.files import write_text
 from trainer import checkpoint as checkpoints
-from trainer import encoders, engine, exits, world
+from trainer import encoders, engine, exits, meeting, world
 from trainer.checkpoint import Checkpoint
 from trainer.clock import Stations
 from trainer.export import export
@@ -47,8 +46,6 @@ from trainer.watchdog import Watchdog
 from trainer.world import World
 
 log = logging.getLogger("distil")
-
-COLLECTIVE_TIMEOUT = timedelta(minutes=30)
 
 
 def main() -> int:
@@ -109,7 +106,7 @@ def distil(config: RunConfig, stations: Stations, profile_steps: int | None = No
     corpora = check(config, place)
     check_memory(config, place, corpora)
     stations.passed("checks")
-    world.connect(place, os.environ, COLLECTIVE_TIMEOUT)
+    meeting.connect(place, os.environ, config.timeouts)
     engine.attach()
     stations.passed("meeting")
 

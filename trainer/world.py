@@ -1,6 +1,7 @@
-"""The world: which rank this process is, of how many, on which device, and how the ranks meet."""
+"""The world: which rank this process is, of how many, on which device, as launchers describe it."""
 
 import os
+import re
 import socket
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -12,12 +13,19 @@ import torch.distributed as dist
 
 Result = TypeVar("Result")
 
-_NAMES = {  # what torchrun and deepspeed call a thing, and what srun calls it
-    "RANK": ("RANK", "SLURM_PROCID"),
-    "WORLD_SIZE": ("WORLD_SIZE", "SLURM_NTASKS"),
-    "LOCAL_RANK": ("LOCAL_RANK", "SLURM_LOCALID"),
-    "LOCAL_WORLD_SIZE": ("LOCAL_WORLD_SIZE", "LOCAL_SIZE", "SLURM_STEP_TASKS_PER_NODE"),
+_NAMES = {  # what torchrun and deepspeed call a thing, and what mpirun (Open MPI) and srun call it
+    "RANK": ("RANK", "OMPI_COMM_WORLD_RANK", "SLURM_PROCID"),
+    "WORLD_SIZE": ("WORLD_SIZE", "OMPI_COMM_WORLD_SIZE", "SLURM_NTASKS"),
+    "LOCAL_RANK": ("LOCAL_RANK", "OMPI_COMM_WORLD_LOCAL_RANK", "SLURM_LOCALID"),
+    "LOCAL_WORLD_SIZE": ("LOCAL_WORLD_SIZE", "LOCAL_SIZE", "OMPI_COMM_WORLD_LOCAL_SIZE"),
 }
+MARGIN_S = 30.0
+"""What a collective may take beyond the watchdog's limit: the watchdog says more, so it speaks first."""
+_LOST = re.compile(
+    r"closed by peer|[Cc]onnection reset|[Cc]onnection refused|Broken pipe|Failed to recv|likely closed|"
+    r"Timed out waiting|[Tt]imed out after|wait timeout|\[\S*gloo/|Gloo \w+ failed|"
+    r"remote process exited|ncclRemoteError|ncclSystemError|NCCL communicator was aborted"
+)
 
 
 @dataclass(frozen=True)
@@ -40,53 +48,105 @@ def find(environment: Mapping[str, str]) -> World:
     """Return the world that a launcher describes in ``environment``.
 
     ``torchrun`` sets RANK, WORLD_SIZE, LOCAL_RANK and LOCAL_WORLD_SIZE; ``deepspeed`` too, but calls the last
-    one LOCAL_SIZE; ``srun`` sets SLURM_PROCID, SLURM_NTASKS, SLURM_LOCALID and SLURM_STEP_TASKS_PER_NODE
-    (such as ``8(x4)``) inside a job step. With none of them the process is alone.
+    one LOCAL_SIZE; Open MPI's ``mpirun`` sets OMPI_COMM_WORLD_*; ``srun`` sets SLURM_PROCID, SLURM_NTASKS,
+    SLURM_LOCALID, SLURM_NODEID and SLURM_STEP_TASKS_PER_NODE (such as ``8(x4)``) inside a job step. With none
+    of them the process is alone. The first in this order counts, since one may start another.
 
     Raises:
-        ValueError: a rank is set without the rest, a value is no number, or there are more local ranks than
-            CUDA devices.
+        ValueError: a rank is set without the rest, a value is no number, the numbers do not fit each other,
+            or there are more local ranks than CUDA devices.
     """
-    if "RANK" not in environment and "SLURM_STEP_ID" not in environment:
+    started = ("RANK", "OMPI_COMM_WORLD_RANK", "SLURM_STEP_ID")
+    if not any(name in environment for name in started):
         return World(0, 1, 0, 1, _device(0, environment))
     values = {}
     for name, aliases in _NAMES.items():
         text = next((environment[alias] for alias in aliases if alias in environment), None)
-        text = text and text.partition("(")[0]
+        if text is None and name == "LOCAL_WORLD_SIZE":
+            text = _tasks_here(environment)
         if text is None or not text.isdigit():
             raise ValueError(
                 f"environment {name}={text!r} is not a number (nor is {' or '.join(aliases[1:])}); "
-                "start with deepspeed, torchrun, srun, or plain python for a single process"
+                "start with deepspeed, torchrun, srun, mpirun, or plain python for a single process"
             )
         values[name] = int(text)
-    if values["RANK"] >= values["WORLD_SIZE"]:
-        raise ValueError(
-            f"environment RANK={values['RANK']} is not below WORLD_SIZE={values['WORLD_SIZE']}; ranks count "
-            "from 0, so a launcher's settings were changed or mixed with another's"
-        )
+    for small, large in (
+        ("RANK", "WORLD_SIZE"),
+        ("LOCAL_RANK", "LOCAL_WORLD_SIZE"),
+        ("LOCAL_RANK", "WORLD_SIZE"),
+    ):
+        if values[small] >= values[large]:
+            raise ValueError(
+                f"environment {small}={values[small]} is not below {large}={values[large]}; ranks count from "
+                "0, so a launcher's settings were changed or mixed with another's: unset them, and let one "
+                "launcher set all"
+            )
     local_rank, local_size = values["LOCAL_RANK"], values["LOCAL_WORLD_SIZE"]
+    if local_size > values["WORLD_SIZE"]:
+        raise ValueError(
+            f"environment LOCAL_WORLD_SIZE={local_size} is more than WORLD_SIZE={values['WORLD_SIZE']}: a "
+            "launcher's settings were changed or mixed with another's"
+        )
     return World(
         values["RANK"], values["WORLD_SIZE"], local_rank, local_size, _device(local_rank, environment)
     )
 
 
-def connect(world: World, environment: Mapping[str, str], timeout: timedelta) -> None:
-    """Form the process group (collective): NCCL on CUDA, gloo on CPU.
+def address(environment: Mapping[str, str]) -> tuple[str, int]:
+    """Return host and port where the ranks meet: MASTER_ADDR and MASTER_PORT, else from Slurm's job step.
 
-    The meeting point is MASTER_ADDR and MASTER_PORT; a single process needs none.
+    A step's ranks meet on its first node, at a port that follows from the ids of job and step, so that jobs
+    which share a node do not meet.
+
+    Raises:
+        ValueError: neither is there, or the port is none.
     """
-    if world.device.type == "cuda":
-        torch.cuda.set_device(world.device)
-    os.environ.setdefault("LOCAL_RANK", str(world.local_rank))  # DeepSpeed reads it
-    method = "env://"
-    if world.size == 1 and "MASTER_ADDR" not in environment:
-        method = f"tcp://127.0.0.1:{_free_port()}"
-    dist.init_process_group(
-        "nccl" if world.device.type == "cuda" else "gloo",
-        init_method=method,
-        rank=world.rank,
-        world_size=world.size,
-        timeout=timeout,
+    host, port = environment.get("MASTER_ADDR"), environment.get("MASTER_PORT")
+    nodes = environment.get("SLURM_STEP_NODELIST", environment.get("SLURM_JOB_NODELIST"))
+    if "SLURM_STEP_ID" in environment and nodes is not None:
+        first = re.match(r"([^,\[]+)(?:\[(\d+)[^\]]*\]([^,]*))?", nodes)  # rack1-node[07-12,20],other3
+        job, step = int(environment.get("SLURM_JOB_ID", "0")), environment["SLURM_STEP_ID"]
+        host = host or (first and "".join(part or "" for part in first.groups()))
+        port = port or str(20000 + (job + 1009 * (int(step) if step.isdigit() else 0)) % 10000)
+    if not host or port is None:
+        missing = "MASTER_PORT" if host else "MASTER_ADDR"
+        raise ValueError(
+            f"environment {missing} is not set: the ranks do not know where to meet. deepspeed and torchrun "
+            "set it; with mpirun give -x MASTER_ADDR=HOST_OF_RANK_0 -x MASTER_PORT=29500"
+        )
+    if not port.isdigit() or not 0 < int(port) < 65536:
+        raise ValueError(f"environment MASTER_PORT={port!r} is not a port, a number from 1 to 65535")
+    return host, int(port)
+
+
+def _tasks_here(environment: Mapping[str, str]) -> str | None:
+    """Return this node's tasks as srun says it, ``2(x3),1`` by SLURM_NODEID; None without."""
+    counts: list[str] = []
+    for part in environment.get("SLURM_STEP_TASKS_PER_NODE", "").split(","):
+        tasks, _, times = part.partition("(x")
+        counts += [tasks] * int(times.rstrip(")") or 1)
+    node = int(environment.get("SLURM_NODEID", "0"))
+    return counts[node] if node < len(counts) and counts[node] else None
+
+
+def set_timeouts(seconds: float) -> None:
+    """Let every collective of every process group take ``seconds`` and a margin, those to come included.
+
+    DeepSpeed makes groups of its own without saying for how long, and would wait 30 minutes in them.
+    """
+    c10d, timeout = dist.distributed_c10d, timedelta(seconds=seconds + MARGIN_S)
+    c10d.default_pg_timeout = c10d.default_pg_nccl_timeout = timeout
+    for group in c10d._world.pg_map:
+        c10d._set_pg_timeout(timeout, group)
+
+
+def lost_peer(error: BaseException) -> bool:
+    """Say whether ``error`` means that another rank, or the way to it, was lost.
+
+    Gloo, NCCL and torch's store have no error class of their own for it: they are known by their words.
+    """
+    return isinstance(error, ConnectionError | dist.DistNetworkError | dist.DistStoreError) or (
+        isinstance(error, RuntimeError) and _LOST.search(str(error)) is not None
     )
 
 
@@ -140,12 +200,6 @@ def _device(local_rank: int, environment: Mapping[str, str]) -> torch.device:
             "start at most one rank per device"
         )
     return torch.device("cuda", local_rank)
-
-
-def _free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return int(probe.getsockname()[1])
 
 
 def on_main(world: World, action: Callable[[], Result]) -> Result:

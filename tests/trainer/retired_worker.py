@@ -9,7 +9,6 @@ import copy
 import json
 import os
 import sys
-from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +16,7 @@ import torch
 import torch.distributed as dist
 
 from tests.trainer.test_loop import Heard, configured, make_run
-from trainer import engine, world
+from trainer import engine, meeting, world
 from trainer.checkpoint import Progress
 from trainer.engine import EngineState
 from trainer.loop import Run, train
@@ -108,7 +107,7 @@ def main() -> None:
     corpus, results = (Path(argument) for argument in sys.argv[-2:])
     place = world.find(os.environ)
     world.share_cores(place, 1)
-    world.connect(place, os.environ, timedelta(seconds=60))
+    meeting.connect(place, os.environ)
     engine.attach()
     found = [run_case(corpus, place, stage) for stage in range(4)]
     of_ranks = world.gather_over_ranks(found)

@@ -6,7 +6,6 @@ Every case loads a teacher replicated and then as it says, and runs both on rows
 import json
 import os
 import sys
-from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +13,7 @@ import torch
 
 from configs.schema import Placement, Precision, TeacherConfig
 from tests.trainer.tiny import rows
-from trainer import engine, world
+from trainer import engine, meeting, world
 from trainer.capture import Captured, Need
 from trainer.layout import Layout
 from trainer.models import Inputs, attention_mask
@@ -77,7 +76,7 @@ def main() -> None:
     cases, results = (Path(argument) for argument in sys.argv[-2:])
     place = world.find(os.environ)
     world.share_cores(place, 1)
-    world.connect(place, os.environ, timedelta(seconds=60))
+    meeting.connect(place, os.environ)
     engine.attach()
     found = {
         case["name"]: world.gather_over_ranks(run_case(case, place))

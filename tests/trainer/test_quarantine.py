@@ -48,15 +48,14 @@ def test_rows_of_damaged_blocks_are_masked_from_then_on(group: World, caplog) ->
 
 RANKS = """
 import json, os
-from datetime import timedelta
 import torch
 from sharding.stream import Damage
 from tests.trainer.test_quarantine import batch
-from trainer import world
+from trainer import meeting, world
 from trainer.checkpoint import Progress
 from trainer.quarantine import mask_damaged
 place = world.find(os.environ)
-world.connect(place, os.environ, timedelta(seconds=60))
+meeting.connect(place, os.environ)
 progress, lengths = Progress(), []
 own = {0: [[], [(1, 1)], []], 1: [[], [(0, 2), (0, 1)], []]}[place.rank]
 for found in own:

@@ -1,16 +1,16 @@
 """The world, as each launcher describes it."""
 
 import os
+import socket
 import subprocess
 import sys
-from datetime import timedelta
 from pathlib import Path
 
 import pytest
 import torch
 import torch.distributed as dist
 
-from trainer import world
+from trainer import meeting, world
 from trainer.world import World, find, on_main
 
 pytestmark = pytest.mark.skipif(torch.cuda.is_available(), reason="describes a host without CUDA")
@@ -57,7 +57,7 @@ def test_half_a_description_is_refused(name):
 def test_a_rank_that_is_no_number_is_refused(text):
     with pytest.raises(ValueError, match=f"environment RANK='{text}' is not a number"):
         find({**TORCHRUN, "RANK": text})
-    with pytest.raises(ValueError, match="nor is SLURM_PROCID"):
+    with pytest.raises(ValueError, match="nor is OMPI_COMM_WORLD_RANK or SLURM_PROCID"):
         find({**SRUN, "SLURM_PROCID": text})
 
 
@@ -92,7 +92,7 @@ def test_one_process_meets_itself(monkeypatch):
     monkeypatch.delenv("MASTER_ADDR", raising=False)
     monkeypatch.setenv("LOCAL_RANK", "0")
     alone = World(0, 1, 0, 1, CPU)
-    world.connect(alone, {}, timedelta(seconds=30))
+    meeting.connect(alone, {})
     try:
         assert (dist.get_rank(), dist.get_world_size(), dist.get_backend()) == (0, 1, "gloo")
         assert world.sum_over_ranks(torch.tensor([1.0, 2.0])).tolist() == [1.0, 2.0]
@@ -110,11 +110,10 @@ def test_alone_an_action_and_its_error_are_the_callers():
 
 RANKS = """
 import os
-from datetime import timedelta
 import torch
-from trainer import world
+from trainer import meeting, world
 place = world.find(os.environ)
-world.connect(place, os.environ, timedelta(seconds=60))
+meeting.connect(place, os.environ)
 def fail():
     raise ValueError("said once")
 try:
@@ -126,10 +125,15 @@ finally:
 """
 
 
-@pytest.mark.network_of_ranks
+def free_port() -> str:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return str(probe.getsockname()[1])
+
+
 def test_two_ranks_share_the_result_and_end_together(tmp_path):
     """Rank 0 raises, rank 1 leaves quietly; both got rank 0's result before, and 1 + 2."""
-    port = str(world._free_port())
+    port = free_port()
     started = [
         subprocess.Popen(
             [sys.executable, "-c", RANKS],
