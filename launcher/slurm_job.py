@@ -52,6 +52,7 @@ class Job:
         )
         return [
             command[0],
+            "--overlap",  # the step before holds its share of them while one of its nodes does not answer
             f"--nodes={len(nodes)}",
             f"--ntasks={len(nodes) * per_node}",
             f"--nodelist={','.join(nodes)}",

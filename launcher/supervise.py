@@ -117,7 +117,7 @@ class Supervisor:
         ctypes.CDLL(None).prctl(PR_SET_CHILD_SUBREAPER, 1)  # what a launcher leaves behind becomes our child
         while True:
             where, names = self._place()
-            code = self._try(names) if where is Next.again else self._too_few()
+            code = self._try(names) if where is Next.again else self._elsewhere(names)
             ended_by_slurm = self.asked[:1] == [signal.SIGTERM]
             slurm = self.job is not None and not ended_by_slurm
             following = decide(code, self.record, self.retries, bool(self.asked), slurm)
@@ -176,10 +176,11 @@ class Supervisor:
         self.attempt = None
         return outcome(code, events, self.torchrun)
 
-    def _too_few(self) -> int:
-        """Take it for an attempt that failed."""
-        say("too few nodes answer")
-        self.record = self.record.after(progress=False, suspect=None)
+    def _elsewhere(self, without: Sequence[str]) -> int:
+        """Say why not here; that too few nodes answer is taken for an attempt that failed."""
+        say(f"goes on without {', '.join(without)}" if without else "too few nodes answer")
+        if not without:
+            self.record = self.record.after(progress=False, suspect=None)
         return exits.LOST
 
     def _note(self, number: int, frame: FrameType | None) -> None:

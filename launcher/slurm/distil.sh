@@ -11,7 +11,8 @@ export OMP_NUM_THREADS="${OMP_NUM_THREADS:-${SLURM_CPUS_PER_TASK:-1}}"
 options=() inside=()
 # In a container, with what the run reads and writes mounted at the same paths. The supervisor stays outside;
 # any Python from 3.10 on runs it, and SUPERVISOR_PYTHON="${PYTHON:-.venv/bin/python}"
-# From sbatch's environment, such as SUPERVISE="--min-nodes 3": go on with so many when nodes are lost.
+# Options of launcher/supervise.py, from sbatch's environment. SUPERVISE="--min-nodes 3" with sbatch --no-kill
+# goes on in place with three nodes; but if the first node is lost, --no-kill leaves a job that does nothing.
 read -ra supervise <<<"${SUPERVISE:-}"
 
 # One lost task ends the step: the others would wait for it in their next collective.

@@ -76,15 +76,17 @@ class Cluster:
     environment: dict[str, str]
     daemons: dict[str, subprocess.Popen[bytes]] = field(default_factory=dict)
 
-    def ask(self, *command: str, check: bool = True) -> str:
-        """Run one of Slurm's commands from the repository's root; return what it printed."""
-        done = subprocess.run(command, cwd=ROOT, env=self.environment, capture_output=True, text=True)
-        assert not check or done.returncode == 0, f"{' '.join(command)}: {done.stderr}"
-        return done.stdout.strip()
+    def ask(self, *command: str, **environment: str) -> str:
+        """Run a command in the repository's root, with ``environment`` besides; return what it printed."""
+        asked = subprocess.run(
+            command, cwd=ROOT, env={**self.environment, **environment}, capture_output=True, text=True
+        )
+        assert asked.returncode == 0, f"{' '.join(command)}: {asked.stderr}"
+        return asked.stdout.strip()
 
-    def sbatch(self, *arguments: str) -> str:
+    def sbatch(self, *arguments: str, **environment: str) -> str:
         """Submit a job script; return the job's number."""
-        return self.ask("sbatch", "--parsable", *arguments).partition(";")[0]
+        return self.ask("sbatch", "--parsable", *arguments, **environment).partition(";")[0]
 
     def about(self, job: str) -> dict[str, str]:
         """Return what the controller knows of a job (of an array: of its first task that is listed)."""
@@ -117,6 +119,14 @@ class Cluster:
         """Return the state of every node: idle, allocated, mixed, down, ..."""
         lines = self.ask("sinfo", "-h", "-N", "-p", "main", "-o", "%N %T").splitlines()
         return dict(line.split() for line in lines)
+
+    def wait_for_nodes(self, timeout: float = 30) -> None:
+        """Wait until every node is idle."""
+        until_s = time.monotonic() + timeout
+        while set(self.nodes().values()) != {"idle"}:
+            logs = "".join(path.read_text() for path in (self.folder / "log").glob("*.log"))
+            assert time.monotonic() < until_s, f"nodes are {self.nodes()}:\n{logs}"
+            time.sleep(0.1)
 
     def start_node(self, name: str) -> None:
         """Start a node's daemon, again if it was killed."""
@@ -226,11 +236,7 @@ def cluster(folder: Path, nodes: int = 2, cpus_per_node: int = 1, grace_s: int =
         running._start("slurmctld", "slurmctld", "-D", "-c")
         for name in names:
             running.start_node(name)
-        until_s = time.monotonic() + 30
-        while set(running.nodes().values()) != {"idle"}:
-            logs = "".join(path.read_text() for path in (folder / "log").glob("*.log"))
-            assert time.monotonic() < until_s, f"Slurm does not start:\n{logs}"
-            time.sleep(0.1)
+        running.wait_for_nodes()
         yield running
     finally:
         running.close()

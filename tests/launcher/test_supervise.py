@@ -193,5 +193,5 @@ def test_a_step_on_fewer_nodes() -> None:
     job = Job({"SLURM_JOB_ID": "30007", "SLURM_JOB_NUM_NODES": "3", "SLURM_NTASKS": "24"})
     command = ["srun", "--wait=30", "python"]
     assert job.step(command, ["a", "b", "c"]) == command
-    fewer = ["srun", "--nodes=2", "--ntasks=16", "--nodelist=a,c", "--wait=30", "python"]
-    assert job.step(command, ["a", "c"]) == fewer
+    fewer = ["--nodes=2", "--ntasks=16", "--nodelist=a,c", "--wait=30", "python"]
+    assert job.step(command, ["a", "c"]) == ["srun", "--overlap", *fewer]
