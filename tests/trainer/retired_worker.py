@@ -2,7 +2,8 @@
 
 Trains three students of different kinds beside each other at every ZeRO stage; the second one computes NaN on
 one rank only, from its third step on. Then each healthy one alone, and all three again from a state saved
-after the retirement.
+after the retirement. And the healthy ones in pieces: stopped after every step, each piece new students, new
+engines and a new loop.
 """
 
 import copy
@@ -19,9 +20,10 @@ from tests.trainer.test_loop import Heard, configured, make_run
 from trainer import engine, meeting, world
 from trainer.checkpoint import Progress
 from trainer.engine import EngineState
+from trainer.interruption import Interruption
 from trainer.loop import Run, train
 
-POISONED_FROM, SAVED_AT = 2, 4  # steps completed
+POISONED_FROM, SAVED_AT, STEPS = 2, 4, 7  # steps completed
 STUDENTS = {
     "a": "{name: a, layers: 2, hidden_size: 24, heads: 4, intermediate_size: 48, optimizer: {lr: 0.01}}",
     "b": "{name: b, layers: 2, hidden_size: 24, heads: 4, intermediate_size: 48, optimizer: {lr: 0.02}}",
@@ -47,7 +49,14 @@ class Saved(Heard):
         self.states[progress.step] = copy.deepcopy(progress), handed[0]
 
 
-def trained(corpus: Path, place: world.World, stage: int, names: str, start: State | None = None) -> Saved:
+def trained(
+    corpus: Path,
+    place: world.World,
+    stage: int,
+    names: str,
+    start: State | None = None,
+    interruption: Interruption | None = None,
+) -> Saved:
     """Train the named students from ``start``, by default from the beginning."""
     config = configured(
         corpus,
@@ -56,6 +65,7 @@ def trained(corpus: Path, place: world.World, stage: int, names: str, start: Sta
         "train.micro_batch_rows=2",
         f"checkpoint.every_steps={SAVED_AT}",
         "evaluation.every_steps=4",
+        f"train.steps={STEPS}",
     )
     progress, states = start or (Progress(), {})
     run = make_run(config, copy.deepcopy(progress), place, states)
@@ -66,9 +76,20 @@ def trained(corpus: Path, place: world.World, stage: int, names: str, start: Sta
                 return output * float("nan") if run.progress.step >= POISONED_FROM else output
 
             trainee.engine.module.encoder.embeddings.register_forward_hook(poison)
+    run.interruption = interruption or Interruption()
     heard = Saved(run)
     train(run, heard)
     return heard
+
+
+def in_pieces(corpus: Path, place: world.World, stage: int, names: str) -> list[State]:
+    """Train the named students from the beginning, asked to leave in every step; the saved states."""
+    states: list[State] = []
+    while not states or states[-1][0].step < STEPS:
+        leave = Interruption(max_hours=0.0) if place.rank == place.size - 1 else None
+        piece = trained(corpus, place, stage, names, states[-1] if states else None, leave)
+        states.append(piece.states[max(piece.states)])
+    return states
 
 
 def equal(left: EngineState, right: EngineState) -> bool:
@@ -84,20 +105,23 @@ def run_case(corpus: Path, place: world.World, stage: int) -> dict[str, Any]:
     together = trained(corpus, place, stage, "abc")
     alone = {name: trained(corpus, place, stage, name) for name in "ac"}
     resumed = trained(corpus, place, stage, "abc", together.states[SAVED_AT])
-    end = together.run.total_steps
-    (progress, middle), (_, last) = together.states[SAVED_AT], together.states[end]
+    healthy = trained(corpus, place, stage, "ac").states[STEPS]
+    pieces = in_pieces(corpus, place, stage, "ac")
+    (progress, middle), (_, last) = together.states[SAVED_AT], together.states[STEPS]
     return {
         "retired": together.run.progress.retired,
         "retired_in_checkpoint": progress.retired,
         "retirements": [[name for name, _ in heard.retirements] for heard in (together, resumed)],
-        "as_alone": {name: equal(last[name], alone[name].states[end][1][name]) for name in "ac"},
+        "as_alone": {name: equal(last[name], alone[name].states[STEPS][1][name]) for name in "ac"},
         "evaluated_as_alone": {
             name: together.evaluations[-1][1][name] == alone[name].evaluations[-1][1][name] for name in "ac"
         },
         "frozen": equal(middle["b"], last["b"]),
         "finite": all(bool(torch.isfinite(value).all()) for value in last["b"].weights.values()),
         "updates": {name: state.updates for name, state in last.items()},
-        "resumed": {name: equal(last[name], resumed.states[end][1][name]) for name in "abc"},
+        "resumed": {name: equal(last[name], resumed.states[STEPS][1][name]) for name in "abc"},
+        "pieces": [progress.step for progress, _ in pieces],
+        "in_pieces": {name: equal(pieces[-1][1][name], healthy[1][name]) for name in "ac"},
         "evaluated": [sorted(students) for _, students in together.evaluations],
     }
 

@@ -1,4 +1,4 @@
-"""A student that fails, beside others that do not, on 2 real ranks at every ZeRO stage."""
+"""A student that fails beside others, and a run in pieces, on 2 real ranks at every ZeRO stage."""
 
 import json
 import os
@@ -64,3 +64,12 @@ def test_a_resumed_run_keeps_it_retired(results: list[list[dict[str, Any]]], sta
     found = results[0][stage]
     assert found["resumed"] == {"a": True, "b": True, "c": True}
     assert found["retirements"] == [["b"], []], "it is not told twice"
+
+
+@pytest.mark.parametrize("stage", range(4))
+def test_stopped_after_every_step_it_is_bitwise_the_run_that_was_not(
+    results: list[list[dict[str, Any]]], stage: int
+) -> None:
+    """Weights, moments, updates; two students, dropout on."""
+    assert results[0][stage]["pieces"] == [1, 2, 3, 4, 5, 6, 7]
+    assert results[0][stage]["in_pieces"] == {"a": True, "c": True}
