@@ -1,10 +1,11 @@
 """Saving while training goes on: a thread writes what the engines have copied to host memory."""
 
+import copy
 import logging
 import threading
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from configs.schema import CheckpointConfig
@@ -50,15 +51,16 @@ class Writer:
         self._error: Exception | None = None
 
     def put(self, checkpoint: Checkpoint, since_s: float) -> None:
-        """Write a checkpoint, in the background if so configured; from now on nobody may change it.
+        """Write a checkpoint, in the background if so configured.
 
         While the one before is still being written this waits, until that has taken ``patience_s`` in all;
         then this one is left out.
 
         Args:
-            checkpoint: complete, in host memory.
+            checkpoint: complete, in host memory; its ``progress`` may go on, nothing else may change.
             since_s: when training began to wait for it, by ``time.perf_counter``.
         """
+        checkpoint = replace(checkpoint, progress=copy.deepcopy(checkpoint.progress))
         step = checkpoint.progress.step
         if not self._idle(self._begun_s + self._patience_s):
             now_s = time.perf_counter()

@@ -4,6 +4,7 @@ import os
 import threading
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -14,18 +15,18 @@ from trainer.saving import Saved, Writer
 
 
 class Gate:
-    """Holds every ``os.fsync`` up until it is opened; the real one then runs."""
+    """Holds every call of a function of ``os`` up until it is opened; the real one then runs."""
 
-    def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
+    def __init__(self, monkeypatch: pytest.MonkeyPatch, name: str = "fsync") -> None:
         self.reached, self.open = threading.Event(), threading.Event()
-        fsync = os.fsync
+        real = getattr(os, name)
 
-        def held_up(descriptor: int) -> None:
+        def held_up(*arguments: Any) -> Any:
             self.reached.set()
             assert self.open.wait(60)
-            fsync(descriptor)
+            return real(*arguments)
 
-        monkeypatch.setattr(os, "fsync", held_up)
+        monkeypatch.setattr(os, name, held_up)
 
 
 def make(folder: Path, patience_s: float = 60.0, background: bool = True) -> tuple[Writer, list[Saved]]:
@@ -57,6 +58,20 @@ def test_a_slow_disk_holds_no_step_up(tmp_path, monkeypatch):
     gate.open.set()
     writer.finish(60.0)
     assert names(tmp_path) == ["step-00000001"] and told[0].path is not None
+
+
+def test_what_is_saved_is_where_the_run_stood(tmp_path, monkeypatch):
+    gate = Gate(monkeypatch, "mkdir")  # before anything is written
+    writer, told = make(tmp_path)
+    put = checkpoint(1)
+    writer.put(put, since_s=0.0)
+    assert gate.reached.wait(60)
+    put.progress.step, put.progress.rows = 2, 48
+    put.progress.quarantined.append((0, 7))
+    gate.open.set()
+    writer.finish(60.0)
+    assert told[0].path == tmp_path / "step-00000001"
+    assert_equal(load(tmp_path / "step-00000001"), checkpoint(1))
 
 
 def test_a_save_that_takes_too_long_costs_the_next_one_only(tmp_path, monkeypatch):
