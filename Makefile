@@ -11,7 +11,7 @@ BIN := $(VENV)/bin
 INSTALLED := $(VENV)/.installed
 
 .DEFAULT_GOAL := help
-.PHONY: help venv demo test check format ui image audit clean
+.PHONY: help venv demo test chaos check format ui image audit clean
 
 help: ## List the targets
 	@grep -E '^[a-z]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z]+):.*## /\1\t/' | expand -t 10
@@ -32,6 +32,9 @@ demo: $(INSTALLED) ## Distil a real teacher on real text, on this machine's CPU 
 
 test: $(INSTALLED) ## Run the tests (PYTEST_ARGS=... to choose)
 	$(BIN)/python -m pytest $(PYTEST_ARGS)
+
+chaos: $(INSTALLED) ## Break real runs: kills, preemptions, full disks, bad checkpoints (CHAOS_ARGS=... to choose)
+	$(BIN)/python benchmarks/chaos.py $(CHAOS_ARGS)
 
 check: $(INSTALLED) ## Format, lint, types
 	$(BIN)/ruff format --check .

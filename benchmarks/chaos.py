@@ -9,6 +9,7 @@ that nobody disturbed: a row trained twice or left out would change them.
 kills     kill -9 of one rank: while starting, in steps, in a save (aimed at the partial folder)
 stops     SIGTERM or SIGUSR1 to one rank, or two signals in quick succession: saved, exit code 75
 corrupt   all ranks killed, then a file of the newest checkpoint flipped in one byte, cut or removed
+slurm     the nodes taken away by a job of higher priority, on a real Slurm (``benchmarks/preemptions.py``)
 disk      no space left for a save, on a small file system of its own; then space again; the run goes on
 resize    2 -> 1 -> 3 -> 2 ranks in one run, then again with another ZeRO stage each time; without dropout,
           whose seeds depend on the rank; held-out losses compared within float tolerance
@@ -39,8 +40,10 @@ import torch
 
 from benchmarks.faults import DAMAGES, Fault, Injector, campaign, corrupt, fill_disk, kill, leave, stop
 from benchmarks.harness import Report, benchmark_parser, machine
+from benchmarks.preemptions import preempted
 from benchmarks.tiny_run import TinyRun, tiny_config, write_material
 from tests.conftest import small_disk
+from tests.launcher.slurm import cluster
 from trainer import exits
 
 STEPS = 60
@@ -76,9 +79,8 @@ class Bench:
             life = run.start(2, stage)
             if set(life.wait(300.0)) != {exits.DONE}:
                 raise RuntimeError(f"a run fails that nobody disturbs:\n{life.tail()}")
-            training = life.event("training")
-            assert training is not None
-            run.startup_s = training["at_s"] - life.since_s
+            (first,) = (event for event in life.events() if event["event"] == "training")
+            run.startup_s = first["at_s"] - life.since_s
             self._quiet[stage, dropout] = run
         return self._quiet[stage, dropout]
 
@@ -102,6 +104,20 @@ class Bench:
             if not left:
                 return
             assert faults, "the run was too short for any fault"
+
+    def preempt(self, times: int, stages: Sequence[int]) -> None:
+        """Let Slurm take a run's nodes away, over as many runs as it takes, and compare every end."""
+        left = times
+        with cluster(self.folder / "slurm") as slurm:
+            for stage in itertools.cycle(stages):
+                quiet, run = self.quiet(stage), self.new_run(f"run-{len(self.ends) + 1}")
+                run.startup_s = quiet.startup_s
+                faults = preempted(slurm, run, stage, left, self.chance)
+                self.note(faults, run, compared(run, quiet))
+                left -= len(faults)
+                if not left:
+                    return
+                assert faults, "the run was too short for any fault"
 
     def resize(self, sizes: Sequence[int], stages: Sequence[int]) -> None:
         """Go on with another number of ranks, and maybe another ZeRO stage, at every start."""
@@ -188,6 +204,7 @@ def plans(quick: bool) -> dict[str, Callable[[Bench], None]]:
         "kills": kills,
         "stops": lambda bench: bench.disturb([stop] * 20, [2, 3]),
         "corrupt": corrupted,
+        "slurm": lambda bench: bench.preempt(20, [1, 3]),
         "disk": lambda bench: bench.disturb([fill_disk] * 10, [1, 0], disk=True),
         "resize": resized,
     }

@@ -4,9 +4,10 @@ import contextlib
 import random
 import signal
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 from benchmarks.tiny_run import BATCH_ROWS, Life, TinyRun
 from trainer import checkpoint as checkpoints
@@ -26,7 +27,7 @@ class Fault:
     rows_lost: int = 0
     gone_s: float | None = None  # until all ranks had ended; None: the run goes on
     trained_s: float | None = None  # until the next start had done its first step, if it came so far
-    told_by: str | None = None  # the event that must tell of it at the next start
+    told_by: str = ""  # what the next start must print
     problem: str | None = None
 
 
@@ -90,7 +91,7 @@ def corrupt(life: Life, chance: random.Random, how: str) -> Fault | None:
     """Kill all ranks after some saves, then damage a file of the newest checkpoint."""
     if not life.until(lambda: life.count("saved") >= 2) or not life.pause(chance.uniform(0.0, 0.5)):
         return None
-    fault = Fault(f"newest checkpoint, {how}", told_by="damaged_checkpoint")
+    fault = Fault(f"newest checkpoint, {how}", told_by="is DAMAGED")
     life.end()
     newest = checkpoints.list_complete(life.run.checkpoints)[-1]
     damage(chance.choice(sorted(path for path in newest.rglob("*") if path.is_file())), how, chance)
@@ -175,7 +176,9 @@ def campaign(
         finally:
             life.end()
         if faults and faults[-1].gone_s is not None:
-            judge(faults[-1], life, expected)
+            judge(faults[-1], life.events(), life.said(), expected)
+            if faults[-1].problem is not None:
+                tell(faults[-1], life)
         faults += struck
         for fault in struck:
             tell(fault, life)
@@ -187,21 +190,17 @@ def campaign(
     return faults
 
 
-def judge(fault: Fault, life: Life, expected: int) -> None:
+def judge(fault: Fault, events: Sequence[dict[str, Any]], log: str, expected: int) -> None:
     """Look at the start after a fault: from the newest intact checkpoint, told loudly, trained again."""
-    started, training = life.event("started"), life.event("training")
-    if training is not None:
-        fault.trained_s = training["at_s"] - fault.struck_s
-    if started is None:
+    first = {event["event"]: event for event in reversed(events)}
+    if "training" in first:
+        fault.trained_s = first["training"]["at_s"] - fault.struck_s
+    if "started" not in first:
         return  # ended while starting, by the next fault
-    if started["step"] != expected:
-        fault.problem = (
-            f"resumed at step {started['step']}, the newest intact checkpoint is of step {expected}"
-        )
-    elif fault.told_by is not None and life.event(fault.told_by) is None:
-        fault.problem = f"no event {fault.told_by}"
-    if fault.problem is not None:
-        tell(fault, life)
+    if first["started"]["step"] != expected:
+        fault.problem = f"went on from step {first['started']['step']}, newest intact: {expected}"
+    elif fault.told_by not in log:
+        fault.problem = f"the next start does not say {fault.told_by}"
 
 
 def tell(fault: Fault, life: Life) -> None:

@@ -5,6 +5,7 @@ Two students learn from a random teacher of 4 layers x 48, with dropout. It save
 
 import json
 import os
+import re
 import socket
 import subprocess
 import sys
@@ -62,6 +63,12 @@ def free_port() -> str:
         return str(probe.getsockname()[1])
 
 
+def last_step(log: str) -> int:
+    """Return the last step that a run's log tells the losses of, 0 if none."""
+    steps = re.findall(r"step (\d+)/\d+ .* loss ", log)
+    return int(steps[-1]) if steps else 0
+
+
 class TinyRun:
     """One run folder, started as often as it takes."""
 
@@ -90,6 +97,11 @@ class TinyRun:
             return []
         found = [json.loads(line) for line in lines if line.endswith(b"\n")]  # the last may be on its way
         return [{**event, "at_s": datetime.fromisoformat(event["at"]).timestamp()} for event in found]
+
+    def event_bytes(self) -> int:
+        """Return the size of ``events.jsonl``."""
+        path = self.output / "events.jsonl"
+        return path.stat().st_size if path.exists() else 0
 
     def newest_step(self) -> int:
         """Return the step of the newest checkpoint whose files are as they were written; 0 without one."""
@@ -125,9 +137,7 @@ class Life:
 
     def __init__(self, run: TinyRun, command: list[str], ranks: int, log: Path) -> None:
         self.run, self.log = run, log
-        self.since_s = time.time()
-        events = run.output / "events.jsonl"
-        self.since_bytes = events.stat().st_size if events.exists() else 0
+        self.since_s, self.since_bytes = time.time(), run.event_bytes()
         world = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": free_port(), "DS_ACCELERATOR": "cpu"}
         world |= {"WORLD_SIZE": str(ranks), "LOCAL_WORLD_SIZE": str(ranks)}
         self.ranks: list[subprocess.Popen[bytes]] = []
@@ -145,18 +155,17 @@ class Life:
                 )
                 self.ranks.append(process)
 
-    def event(self, name: str) -> dict[str, Any] | None:
-        """Return the newest event of this name in this life."""
-        found = [event for event in self.run.events(self.since_bytes) if event["event"] == name]
-        return found[-1] if found else None
+    def events(self) -> list[dict[str, Any]]:
+        """Return what has happened in this life."""
+        return self.run.events(self.since_bytes)
 
     def training(self) -> bool:
         """Return whether this life has done its first step."""
-        return self.event("training") is not None
+        return self.count("training") > 0
 
     def count(self, name: str) -> int:
         """Return how many events of this name there were in this life."""
-        return sum(event["event"] == name for event in self.run.events(self.since_bytes))
+        return sum(event["event"] == name for event in self.events())
 
     def running(self) -> bool:
         """Return whether no rank has ended."""
@@ -192,14 +201,14 @@ class Life:
                 pass
             process.wait()
 
+    def said(self) -> str:
+        """Return all that its ranks have printed."""
+        return self.log.read_text(encoding="utf-8", errors="replace")
+
     def last_step(self) -> int:
         """Return the last step that this life has logged, 0 if none."""
-        lines = self.log.read_text(encoding="utf-8", errors="replace").splitlines()
-        steps = [
-            line.split("step ")[1].split("/")[0] for line in lines if "step " in line and "  loss " in line
-        ]
-        return int(steps[-1]) if steps else 0
+        return last_step(self.said())
 
     def tail(self, lines: int = 25) -> str:
         """Return the end of what its ranks said."""
-        return "\n".join(self.log.read_text(encoding="utf-8", errors="replace").splitlines()[-lines:])
+        return "\n".join(self.said().splitlines()[-lines:])

@@ -1,0 +1,69 @@
+"""Preemptions: on a real Slurm of two nodes on this machine, jobs of higher priority take a run's nodes away.
+
+The run is a job of ``launcher/slurm/general.sbatch``. Slurm signals it, queues it again and starts it again.
+"""
+
+import random
+import time
+
+from benchmarks.faults import Fault, judge
+from benchmarks.tiny_run import BATCH_ROWS, TinyRun, last_step
+from tests.launcher.slurm import Cluster
+
+OPTIONS = ("--nodes=2", "--ntasks-per-node=1", "--gpus-per-node=1", "--cpus-per-task=1")
+ENDED = ("COMPLETED", "FAILED", "CANCELLED", "TIMEOUT", "NODE_FAIL")
+
+
+def preempted(slurm: Cluster, run: TinyRun, stage: int, times: int, chance: random.Random) -> list[Fault]:
+    """Submit a run, take its nodes away up to so many times at random moments, and wait for its end."""
+    settings = ("--config", str(run.config), f"output={run.output}", f"deepspeed.zero_stage={stage}")
+    job = slurm.sbatch(*OPTIONS, "launcher/slurm/general.sbatch", *settings)
+    faults: list[Fault] = []
+    while True:
+        slurm.wait(job, ("RUNNING", *ENDED))
+        run.starts += 1
+        since_bytes, expected = run.event_bytes(), run.newest_step()
+        fault = None
+        if len(faults) < times and _runs_on(slurm, job, chance.uniform(0.0, run.startup_s + 3.0)):
+            fault = _preempt(slurm, run, job, since_bytes)
+        if fault is None:
+            slurm.wait(job, ENDED, 300)
+        events = run.events(since_bytes)
+        if faults:
+            judge(faults[-1], events, "", expected)
+        if fault is None:
+            if slurm.state(job) != "COMPLETED":
+                faults[-1].problem = f"the job ended as {slurm.state(job)}"
+                print(slurm.log(job)[-4000:], flush=True)
+            return faults
+        faults.append(fault)
+        print(f"{run.output.name}: {fault.kind}, step {run.newest_step()}", flush=True)
+
+
+def _runs_on(slurm: Cluster, job: str, seconds: float) -> bool:
+    """Wait; False when the job ends meanwhile."""
+    until_s = time.monotonic() + seconds
+    while time.monotonic() < until_s:
+        if slurm.state(job) != "RUNNING":
+            return False
+        time.sleep(0.2)
+    return True
+
+
+def _preempt(slurm: Cluster, run: TinyRun, job: str, since_bytes: int) -> Fault | None:
+    """Take the nodes away and wait until the job is queued again; None when it was done before."""
+    restarts = slurm.about(job)["Restarts"]
+    starting = all(event["event"] != "training" for event in run.events(since_bytes))
+    fault = Fault(f"preemption by Slurm, {'while starting' if starting else 'in steps'}")
+    slurm.preempt(job)
+    until_s = time.monotonic() + 120
+    while slurm.about(job)["Restarts"] == restarts:
+        if slurm.state(job) in ENDED:
+            return None
+        if time.monotonic() > until_s:
+            fault.problem = "not queued again within 120 s"
+            break
+        time.sleep(0.1)
+    fault.gone_s = time.time() - fault.struck_s
+    fault.rows_lost = BATCH_ROWS * max(0, last_step(slurm.log(job)) - run.newest_step())
+    return fault
