@@ -17,8 +17,10 @@ import argparse
 import json
 import logging
 import os
+import socket
 import time
-from typing import Any
+from functools import partial
+from typing import Any, NoReturn
 
 import torch
 import torch.distributed as dist
@@ -71,17 +73,21 @@ def main() -> int:
     arguments = parser.parse_args()
     if arguments.profile_steps is not None and arguments.profile_steps < 1:
         parser.error(f"--profile-steps {arguments.profile_steps} is less than 1")
-    is_main = os.environ.get("RANK", os.environ.get("SLURM_PROCID", "0")) == "0"
+    is_main = world.is_main(os.environ)
     log_publicly(logging.INFO if is_main else logging.ERROR, "%(asctime)s %(message)s")
     logging.getLogger("sharding").setLevel(logging.WARNING)  # what goes wrong in reading, on every rank
     for chatty in ("httpx", "mlflow", "alembic"):
         logging.getLogger(chatty).setLevel(logging.WARNING)
     try:
-        config = load_config(RunConfig, arguments.config, arguments.overrides)
+        load = partial(load_config, RunConfig, arguments.config, arguments.overrides)
+        config = meeting.or_tell(world.find(os.environ), os.environ, None, load)
         return distil(config, stations, arguments.profile_steps)
-    except (ValueError, OSError, NonFiniteError) as error:
-        alone = dist.is_initialized() and not isinstance(error, NonFiniteError)
-        if is_main or alone:  # before the ranks meet, and for what all of them see, one message is enough
+    except (ValueError, OSError, RuntimeError) as error:
+        if meeting.lost_peer(error):
+            leave_lost(error)
+        if not isinstance(error, ValueError | OSError | NonFiniteError):
+            raise
+        if is_main or not isinstance(error, NonFiniteError):  # which all ranks see alike
             print(public(f"\nerror: {error}"), file=sys.stderr, flush=True)
         return exits.WRONG if isinstance(error, ValueError) else exits.FAILED
     except KeyboardInterrupt:
@@ -103,10 +109,9 @@ def distil(config: RunConfig, stations: Stations, profile_steps: int | None = No
     world.share_cores(place, config.train.threads)
     if config.train.deterministic:
         torch.use_deterministic_algorithms(True)
-    corpora = check(config, place)
-    check_memory(config, place, corpora)
+    corpora, facts = meeting.or_tell(place, os.environ, config.timeouts, lambda: checked(config, place))
     stations.passed("checks")
-    meeting.connect(place, os.environ, config.timeouts)
+    meeting.connect(place, os.environ, config.timeouts, facts)
     engine.attach()
     stations.passed("meeting")
 
@@ -147,6 +152,30 @@ def distil(config: RunConfig, stations: Stations, profile_steps: int | None = No
     if failure is not None:
         raise failure
     return exits.DONE if stopped is None else exits.STOPPED
+
+
+def checked(config: RunConfig, place: World) -> tuple[Corpora, dict[str, str]]:
+    """Return the corpora, after all checks that need no other rank, and what must be equal on all ranks."""
+    corpora = check(config, place)
+    check_memory(config, place, corpora)
+    return corpora, provenance.facts(config, corpora)
+
+
+def leave_lost(error: Exception) -> NoReturn:
+    """End this process after another rank, or the way to it, was lost; one rank says so for all."""
+    if isinstance(error, meeting.UnreachableError):  # before training, and it knows more
+        print(public(f"\nerror: {error}"), file=sys.stderr)
+    elif meeting.first_to_say():
+        print(
+            f"\nerror: rank {dist.get_rank()} ({socket.gethostname()}) lost contact with another rank: "
+            f"{meeting.first_line(error)}\nThat process or its node ended, see its own messages, or the link broke. "
+            "Started again, the run resumes from the newest checkpoint",
+            file=sys.stderr,
+        )
+    sys.stdout.flush()
+    sys.stderr.flush()
+    # Not through Python's own end: the threads of a broken group hold tensors, which ends in SIGABRT.
+    os._exit(exits.LOST)
 
 
 def conduct(run: Run, reporter: Reporter, profile_steps: int | None) -> str | None:

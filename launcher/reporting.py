@@ -1,6 +1,5 @@
 """What a run tells people: lines on rank 0's terminal, MLflow, and small files in the run folder."""
 
-import copy
 import json
 import logging
 import re
@@ -26,7 +25,7 @@ from trainer.saving import Saved, Writer
 from trainer.tracking import Run as TrackedRun
 from trainer.tracking import flatten
 from trainer.watchdog import Watchdog
-from trainer.world import on_main
+from trainer.world import on_main, set_timeouts
 
 log = logging.getLogger("distil")
 
@@ -233,6 +232,7 @@ class Reporter:
     def training(self, progress: Progress) -> None:
         """Say how long it took from the process's start to the first step's end, by station."""
         self.stations.passed("first_step")
+        set_timeouts(self.config.timeouts.step_s)
         self.watchdog.limit(self.config.timeouts.step_s)  # nothing is loaded or compiled any more
         if not self.world.is_main:
             return
@@ -246,6 +246,7 @@ class Reporter:
 
     def ending(self) -> None:
         """Steps are over: exports follow, and uploads to a server that may be slow."""
+        set_timeouts(self.config.timeouts.start_s)
         self.watchdog.limit(self.config.timeouts.start_s)
         self.watchdog.beat("the end")
 
@@ -305,7 +306,7 @@ class Reporter:
             return
         evaluated_step, heldout = self.heldout
         checkpoint = Checkpoint(
-            progress=copy.deepcopy(progress),  # which goes on while this is written
+            progress=progress,
             students=states,
             skipped_steps={trainee.config.name: trainee.skipped_steps for trainee in self.run.trainees},
             fingerprint=self.run.corpora.fingerprint,

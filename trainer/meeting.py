@@ -9,12 +9,13 @@ import errno
 import json
 import logging
 import os
+import re
 import socket
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import asdict
 from datetime import timedelta
-from typing import NoReturn
+from typing import NoReturn, TypeVar
 
 import torch
 import torch.distributed as dist
@@ -26,10 +27,17 @@ from trainer.world import World, address, set_timeouts
 
 log = logging.getLogger("distil")
 
+Result = TypeVar("Result")
+
 WAIT_LINE_S = 30.0
 """Every so often a rank that waits says for what."""
 STORE_S = 60.0
 """Longest wait for an answer of the store."""
+_LOST = re.compile(
+    r"closed by peer|[Cc]onnection reset|[Cc]onnection refused|Broken pipe|Failed to recv|likely closed|"
+    r"Timed out waiting|[Tt]imed out after|wait timeout|\[\S*gloo/|Gloo \w+ failed|"
+    r"remote process exited|ncclRemoteError|ncclSystemError|NCCL communicator was aborted"
+)
 
 
 class MeetingError(ValueError):
@@ -96,14 +104,52 @@ def connect(
         dist.init_process_group(backend, store=store, rank=place.rank, world_size=place.size, timeout=timeout)
         dist.all_reduce(torch.ones(1, device=place.device))
     except RuntimeError as error:
-        _say_once(store)
+        if not first_to_say(store):
+            raise SystemExit(exits.LOST) from error
         raise UnreachableError(
-            f"all {place.size} ranks have met, but cannot reach each other over {backend}: {_first(error)}\n"
+            f"all {place.size} ranks have met, but cannot reach each other over {backend}: {first_line(error)}\n"
             f"{table}\nInterfaces on {socket.gethostname()}: {interfaces.listed()}. Set "
             f"{backend.upper()}_SOCKET_IFNAME to the one that leads to the other hosts (deepspeed: in "
             ".deepspeed_env), and let firewalls pass all TCP ports between the hosts"
         ) from error
     set_timeouts(start_s)
+
+
+def or_tell(
+    place: World, environment: Mapping[str, str], timeouts: TimeoutConfig | None, action: Callable[[], Result]
+) -> Result:
+    """Return what ``action`` returns; what it raises on any rank is told to all, and ends them.
+
+    For what each rank does by itself before they meet: it may fail on one host alone.
+    """
+    try:
+        return action()
+    except (ValueError, OSError) as error:
+        connect(place, environment, timeouts, problem=error)
+        raise
+
+
+def lost_peer(error: BaseException) -> bool:
+    """Say whether ``error`` means that another rank, or the way to it, was lost.
+
+    Gloo and NCCL have no error class of their own for it: they are known by their words.
+    """
+    return isinstance(error, UnreachableError | dist.DistNetworkError | dist.DistStoreError) or (
+        isinstance(error, RuntimeError) and _LOST.search(str(error)) is not None
+    )
+
+
+def first_to_say(store: dist.Store | None = None) -> bool:
+    """Say whether no other rank has asked before, so that one of those that lost a peer speaks for all.
+
+    Where rank 0 is gone, and its store with it, all of them speak.
+    """
+    try:
+        store = store or dist.distributed_c10d._get_default_store()
+        store.set_timeout(timedelta(seconds=10))
+        return int(store.add("lost", 1)) == 1
+    except (RuntimeError, ValueError):
+        return True
 
 
 def _store(place: World, environment: Mapping[str, str], limit_s: float) -> tuple[dist.Store, str]:
@@ -126,7 +172,7 @@ def _store(place: World, environment: Mapping[str, str], limit_s: float) -> tupl
         )
     except RuntimeError as error:
         raise UnreachableError(
-            f"what answers at {host}:{port} is not rank 0 of this run: {_first(error)}; give another "
+            f"what answers at {host}:{port} is not rank 0 of this run: {first_line(error)}; give another "
             "--master_port (MASTER_PORT)"
         ) from error
     attempt = environment.get("TORCHELASTIC_RESTART_COUNT", "0")
@@ -229,7 +275,7 @@ def _check_in(store: dist.Store, record: Record, limit_s: float) -> Verdict:
         return verdict
     except (dist.DistNetworkError, dist.DistStoreError) as error:
         raise UnreachableError(
-            f"rank {rank} on {record.host} lost rank 0 while ranks checked in: {_first(error)}. See the "
+            f"rank {rank} on {record.host} lost rank 0 while ranks checked in: {first_line(error)}. See the "
             "messages of rank 0"
         ) from error
 
@@ -279,16 +325,6 @@ def _end(place: World, verdict: Verdict, problem: Exception | None) -> NoReturn:
     raise kinds[verdict.code](verdict.message)
 
 
-def _say_once(store: dist.Store) -> None:
-    """Return on the first rank that comes here, as long as there is a store; the others leave quietly."""
-    try:
-        first = store.add("unreachable", 1) == 1
-    except RuntimeError:
-        return
-    if not first:
-        raise SystemExit(exits.LOST)
-
-
 def _unknown(host: str, error: OSError) -> MeetingError:
     return MeetingError(
         f"MASTER_ADDR={host} is no host that {socket.gethostname()} knows ({error.strerror}); give "
@@ -296,5 +332,6 @@ def _unknown(host: str, error: OSError) -> MeetingError:
     )
 
 
-def _first(error: BaseException) -> str:
-    return str(error).strip().partition("\n")[0]
+def first_line(error: BaseException) -> str:
+    """Return what an error of torch or gloo says, without the place in their sources and their advice."""
+    return re.sub(r"^\[\S*\] *|\. This is typically.*|\n.*", "", str(error).strip(), flags=re.DOTALL)

@@ -21,11 +21,6 @@ _NAMES = {  # what torchrun and deepspeed call a thing, and what mpirun (Open MP
 }
 MARGIN_S = 30.0
 """What a collective may take beyond the watchdog's limit: the watchdog says more, so it speaks first."""
-_LOST = re.compile(
-    r"closed by peer|[Cc]onnection reset|[Cc]onnection refused|Broken pipe|Failed to recv|likely closed|"
-    r"Timed out waiting|[Tt]imed out after|wait timeout|\[\S*gloo/|Gloo \w+ failed|"
-    r"remote process exited|ncclRemoteError|ncclSystemError|NCCL communicator was aborted"
-)
 
 
 @dataclass(frozen=True)
@@ -42,6 +37,11 @@ class World:
     def is_main(self) -> bool:
         """True on the one rank that prints, logs and writes."""
         return self.rank == 0
+
+
+def is_main(environment: Mapping[str, str]) -> bool:
+    """Say whether this process is rank 0, as far as its launcher says; for what comes before ``find``."""
+    return next((environment[name] for name in _NAMES["RANK"] if name in environment), "0") == "0"
 
 
 def find(environment: Mapping[str, str]) -> World:
@@ -138,16 +138,6 @@ def set_timeouts(seconds: float) -> None:
     c10d.default_pg_timeout = c10d.default_pg_nccl_timeout = timeout
     for group in c10d._world.pg_map:
         c10d._set_pg_timeout(timeout, group)
-
-
-def lost_peer(error: BaseException) -> bool:
-    """Say whether ``error`` means that another rank, or the way to it, was lost.
-
-    Gloo, NCCL and torch's store have no error class of their own for it: they are known by their words.
-    """
-    return isinstance(error, ConnectionError | dist.DistNetworkError | dist.DistStoreError) or (
-        isinstance(error, RuntimeError) and _LOST.search(str(error)) is not None
-    )
 
 
 def disconnect() -> None:
