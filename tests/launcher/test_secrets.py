@@ -91,9 +91,7 @@ def test_planted_secrets_are_nowhere(
         assert leaks(tmp_path / name) == {}
     assert [found_in(text.encode()) for text in said] == [[], []]
 
-    [run] = MlflowClient(f"http://{server}").search_runs(
-        ["1"]
-    )  # it was logged to, and what was left is there
+    [run] = MlflowClient(f"http://{server}").search_runs(["1"])
     assert run.data.params["tracking.uri"] == f"http://{server}"
     assert run.data.tags["owner"] == "***" and run.data.tags["note"] == "https://host/***"
     assert "uri: http://127.0.0.1" in (tmp_path / "run/config.yaml").read_text()
