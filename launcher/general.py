@@ -44,6 +44,7 @@ from trainer.export import export
 from trainer.interruption import Interruption
 from trainer.loop import NonFiniteError, Run, train
 from trainer.profile import Profile
+from trainer.tracking import TrackingError
 from trainer.watchdog import Watchdog
 from trainer.world import World
 
@@ -89,7 +90,7 @@ def main() -> int:
             raise
         if is_main or not isinstance(error, NonFiniteError):  # which all ranks see alike
             print(public(f"\nerror: {error}"), file=sys.stderr, flush=True)
-        return exits.WRONG if isinstance(error, ValueError) else exits.FAILED
+        return exits.of(error)
     except KeyboardInterrupt:
         if is_main:
             print("\ninterrupted; started again, it resumes from the newest checkpoint", file=sys.stderr)
@@ -166,10 +167,11 @@ def leave_lost(error: Exception) -> NoReturn:
     if isinstance(error, meeting.UnreachableError):  # before training, and it knows more
         print(public(f"\nerror: {error}"), file=sys.stderr)
     elif meeting.first_to_say():
+        who = f"rank {dist.get_rank()} ({socket.gethostname()})"
         print(
-            f"\nerror: rank {dist.get_rank()} ({socket.gethostname()}) lost contact with another rank: "
-            f"{meeting.first_line(error)}\nThat process or its node ended, see its own messages, or the link broke. "
-            "Started again, the run resumes from the newest checkpoint",
+            f"\nerror: {who} lost contact with another rank: {meeting.first_line(error)}\n"
+            "That process or its node ended, see its messages, or the link broke. Started again, the run resumes "
+            "from the newest checkpoint",
             file=sys.stderr,
         )
     sys.stdout.flush()
@@ -214,7 +216,12 @@ def start_tracking(
 
     def start() -> None:
         run_ids = resumed.tracking_run_ids if resumed is not None else folder.tracking_run_ids()
-        opened.append(Tracked.start(config, corpora, run_ids))
+        try:
+            opened.append(Tracked.start(config, corpora, run_ids))
+        except TrackingError as error:
+            if run_ids:  # it worked before, so it may again
+                raise ConnectionError(f"the run's MLflow runs cannot be continued: {error}") from error
+            raise
         folder.keep_tracking_run_ids(opened[0].run_ids())
 
     world.on_main(place, start)

@@ -107,8 +107,8 @@ def connect(
         if not first_to_say(store):
             raise SystemExit(exits.LOST) from error
         raise UnreachableError(
-            f"all {place.size} ranks have met, but cannot reach each other over {backend}: {first_line(error)}\n"
-            f"{table}\nInterfaces on {socket.gethostname()}: {interfaces.listed()}. Set "
+            f"all {place.size} ranks have met, but cannot reach each other over {backend}: "
+            f"{first_line(error)}\n{table}\nInterfaces on {socket.gethostname()}: {interfaces.listed()}. Set "
             f"{backend.upper()}_SOCKET_IFNAME to the one that leads to the other hosts (deepspeed: in "
             ".deepspeed_env), and let firewalls pass all TCP ports between the hosts"
         ) from error
@@ -312,7 +312,7 @@ def _record(
         address=own,
         facts=dict(facts),
         problem=None if problem is None else str(problem),
-        code=exits.WRONG if isinstance(problem, ValueError | None) else exits.FAILED,
+        code=exits.WRONG if problem is None else exits.of(problem),
     )
 
 
