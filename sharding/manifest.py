@@ -302,8 +302,8 @@ def _manifest_from(fields: dict[str, Any]) -> Manifest:
 def shard_from(fields: dict[str, Any]) -> Shard:
     """A shard from its JSON (``asdict`` makes it).
 
-    Raises: CorpusError for a path or checksum of another form than ours: files are read and cached by them, so
-        that ``../../x`` from a stranger's manifest would lead out of the corpus, or of the cache.
+    Raises: CorpusError for a path or checksum of another form than ours: files are read and cached by them,
+        so that ``../../x`` from a stranger's manifest would lead out of the corpus, or of the cache.
     """
     for name, form in (("path", _PATH), ("sha256", _SHA256)):
         if not form.fullmatch(str(fields[name])):

@@ -6,3 +6,10 @@ WRONG = 2  # something for the user to correct
 STOPPED = 75  # asked to leave (a signal, ``train.max_hours``): saved; start again. sysexits.h's EX_TEMPFAIL
 LOST = 76  # another rank was lost, or nothing moved for too long; start it again from the newest checkpoint
 INTERRUPTED = 130  # Ctrl-C
+
+
+def of(error: Exception) -> int:
+    """Return the code for an error that ends a run: what may heal by itself is to be tried again."""
+    if isinstance(error, ConnectionError):
+        return LOST
+    return WRONG if isinstance(error, ValueError) else FAILED

@@ -11,6 +11,8 @@ from typing import Any, TypeVar
 import torch
 import torch.distributed as dist
 
+from trainer import exits
+
 Result = TypeVar("Result")
 
 _NAMES = {  # what torchrun and deepspeed call a thing, and what mpirun (Open MPI) and srun call it
@@ -207,5 +209,5 @@ def on_main(world: World, action: Callable[[], Result]) -> Result:
     if world.size > 1:
         dist.broadcast_object_list(outcome, src=0)
     if outcome[1] is not None:
-        raise outcome[1] if world.is_main else SystemExit(2)
+        raise outcome[1] if world.is_main else SystemExit(exits.of(outcome[1]))
     return outcome[0]
