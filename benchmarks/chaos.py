@@ -41,7 +41,7 @@ import torch
 from benchmarks.faults import DAMAGES, Fault, Injector, campaign, corrupt, fill_disk, kill, leave, stop
 from benchmarks.harness import Report, benchmark_parser, machine
 from benchmarks.preemptions import preempted
-from benchmarks.tiny_run import TinyRun, tiny_config, write_material
+from benchmarks.tiny_run import BATCH_ROWS, TinyRun, tiny_config, write_material
 from tests.conftest import small_disk
 from tests.launcher.slurm import cluster
 from trainer import exits
@@ -99,9 +99,10 @@ class Bench:
             mine, left = left[:share], left[share:]
             with small_disk(run.checkpoints, DISK_BYTES) if disk else contextlib.nullcontext():
                 faults = campaign(run, mine, self.chance, itertools.repeat((2, stage)))
-                self.note(faults, run, compared(run, quiet))
+                end = compared(run, quiet)
+            self.note(faults, run, end)
             left += mine  # the run was done before they could strike
-            if not left:
+            if not left or not end.good:
                 return
             assert faults, "the run was too short for any fault"
 
@@ -113,9 +114,9 @@ class Bench:
                 quiet, run = self.quiet(stage), self.new_run(f"run-{len(self.ends) + 1}")
                 run.startup_s = quiet.startup_s
                 faults = preempted(slurm, run, stage, left, self.chance)
-                self.note(faults, run, compared(run, quiet))
+                self.note(faults, run, end := compared(run, quiet))
                 left -= len(faults)
-                if not left:
+                if not left or not end.good:
                     return
                 assert faults, "the run was too short for any fault"
 
@@ -160,6 +161,8 @@ class Bench:
 
 def compared(run: TinyRun, quiet: TinyRun, tolerance: float | None = None) -> End:
     """Compare two ends: all bits of weights and moments, or held-out losses within a relative tolerance."""
+    if (step := run.newest_step()) != STEPS:
+        return End(False, f"ended at step {step} of {STEPS}", BATCH_ROWS * (step - STEPS))
     (found, tensors), (expected, right) = run.state(), quiet.state()
     rows_off = found.rows - expected.rows
     if tolerance is None:

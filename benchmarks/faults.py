@@ -184,7 +184,7 @@ def campaign(
             tell(fault, life)
         if lives_on:
             if set(codes) != {exits.DONE}:
-                faults[-1].problem = f"a start after it ended by itself, exit codes {codes}"
+                faults.append(Fault("none: it ended by itself", problem=f"exit codes {codes}"))
                 tell(faults[-1], life)
             break
     return faults

@@ -7,7 +7,7 @@ import random
 import time
 
 from benchmarks.faults import Fault, judge
-from benchmarks.tiny_run import BATCH_ROWS, TinyRun, last_step
+from benchmarks.tiny_run import BATCH_ROWS, TinyRun, free_port, last_step
 from tests.launcher.slurm import Cluster
 
 OPTIONS = ("--nodes=2", "--ntasks-per-node=1", "--gpus-per-node=1", "--cpus-per-task=1")
@@ -17,7 +17,7 @@ ENDED = ("COMPLETED", "FAILED", "CANCELLED", "TIMEOUT", "NODE_FAIL")
 def preempted(slurm: Cluster, run: TinyRun, stage: int, times: int, chance: random.Random) -> list[Fault]:
     """Submit a run, take its nodes away up to so many times at random moments, and wait for its end."""
     settings = ("--config", str(run.config), f"output={run.output}", f"deepspeed.zero_stage={stage}")
-    job = slurm.sbatch(*OPTIONS, "launcher/slurm/general.sbatch", *settings)
+    job = slurm.sbatch(*OPTIONS, "launcher/slurm/general.sbatch", *settings, MASTER_PORT=free_port())
     faults: list[Fault] = []
     while True:
         slurm.wait(job, ("RUNNING", *ENDED))
@@ -33,8 +33,9 @@ def preempted(slurm: Cluster, run: TinyRun, stage: int, times: int, chance: rand
             judge(faults[-1], events, "", expected)
         if fault is None:
             if slurm.state(job) != "COMPLETED":
-                faults[-1].problem = f"the job ended as {slurm.state(job)}"
-                print(slurm.log(job)[-4000:], flush=True)
+                why = f"the job ended as {slurm.state(job)}:\n{slurm.log(job)[-4000:]}"
+                faults.append(Fault("none: it ended by itself", problem=why))
+                print(why, flush=True)
             return faults
         faults.append(fault)
         print(f"{run.output.name}: {fault.kind}, step {run.newest_step()}", flush=True)
