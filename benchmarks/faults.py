@@ -14,7 +14,7 @@ from trainer import checkpoint as checkpoints
 from trainer import exits
 
 END_LIMIT_S = 45.0  # for all ranks to end once one is gone, or was asked to leave
-LAUNCHER_S = 3.0  # while ranks start: until the launcher ends the others once one is gone
+LAUNCHER_S = 1.0  # while ranks start: until the launcher ends the others once one is gone
 DISK_STEPS = 12  # for a save that fails and one that does not
 
 

@@ -107,7 +107,7 @@ class TinyRun:
         """Return the step of the newest checkpoint whose files are as they were written; 0 without one."""
         for path in reversed(checkpoints.list_complete(self.checkpoints)):
             if not checkpoints.verify(path):
-                return int(path.name.removeprefix("step-"))
+                return checkpoints.step_of(path)
         return 0
 
     def saving(self) -> bool:
