@@ -28,6 +28,7 @@ import time
 from collections.abc import Mapping, Sequence
 from types import FrameType
 
+from configs.public import public
 from launcher import hostfile, slurm_job
 from launcher.policy import Next, Record, complaint, decide, outcome, pause_s, place
 from sharding.files import write_text
@@ -161,7 +162,7 @@ class Supervisor:
             elif self.hostfile is not None and len(names) < len(hostfile.read(self.hostfile)):
                 folder = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="supervise-")))
                 command = hostfile.narrowed(command, self.hostfile, folder / "hosts", names)
-            say(" ".join(command))
+            say(public(" ".join(command)))
             self.attempt = Attempt(command, environment)
             if self.asked:
                 self.attempt.ask_to_leave()
