@@ -24,7 +24,7 @@ def preempted(slurm: Cluster, run: TinyRun, stage: int, times: int, chance: rand
         run.starts += 1
         since_bytes, expected = run.event_bytes(), run.newest_step()
         fault = None
-        if len(faults) < times and _runs_on(slurm, job, chance.uniform(0.0, run.startup_s + 3.0)):
+        if len(faults) < times and _at_a_moment(slurm, run, job, since_bytes, chance):
             fault = _preempt(slurm, run, job, since_bytes)
         if fault is None:
             slurm.wait(job, ENDED, 300)
@@ -41,21 +41,30 @@ def preempted(slurm: Cluster, run: TinyRun, stage: int, times: int, chance: rand
         print(f"{run.output.name}: {fault.kind}, step {run.newest_step()}", flush=True)
 
 
-def _runs_on(slurm: Cluster, job: str, seconds: float) -> bool:
-    """Wait; False when the job ends meanwhile."""
-    until_s = time.monotonic() + seconds
+def _at_a_moment(slurm: Cluster, run: TinyRun, job: str, since_bytes: int, chance: random.Random) -> bool:
+    """Wait for a moment, of the start or of the steps by even chances; False when the job ends before."""
+    in_steps, limit_s = chance.random() < 0.5, 120.0
+    seconds = chance.uniform(0.0, 2.0 if in_steps else run.startup_s)
+    until_s = time.monotonic() + (limit_s if in_steps else seconds)
     while time.monotonic() < until_s:
+        if in_steps and not _starting(run, since_bytes):
+            in_steps, until_s = False, time.monotonic() + seconds
         if slurm.state(job) != "RUNNING":
             return False
-        time.sleep(0.2)
+        time.sleep(0.1)
     return True
+
+
+def _starting(run: TinyRun, since_bytes: int) -> bool:
+    """Return whether the first step is still to come."""
+    return all(event["event"] != "training" for event in run.events(since_bytes))
 
 
 def _preempt(slurm: Cluster, run: TinyRun, job: str, since_bytes: int) -> Fault | None:
     """Take the nodes away and wait until the job is queued again; None when it was done before."""
     restarts = slurm.about(job)["Restarts"]
-    starting = all(event["event"] != "training" for event in run.events(since_bytes))
-    fault = Fault(f"preemption by Slurm, {'while starting' if starting else 'in steps'}")
+    where = "while starting" if _starting(run, since_bytes) else "in steps"
+    fault = Fault(f"preemption by Slurm, {where}")
     slurm.preempt(job)
     until_s = time.monotonic() + 120
     while slurm.about(job)["Restarts"] == restarts:
