@@ -43,21 +43,14 @@ class Job:
         return [name for name, state in states.items() if not any(gone in state.upper() for gone in _GONE)]
 
     def step(self, command: Sequence[str], nodes: Sequence[str]) -> list[str]:
-        """Return the ``srun`` command of a step on ``nodes``, with as many tasks on each as the job has."""
-        if len(nodes) == self.wanted:
-            return list(command)
-        tasks = self._environment.get("SLURM_NTASKS_PER_NODE")
-        per_node = (
-            int(tasks) if tasks else int(self._environment.get("SLURM_NTASKS", self.wanted)) // self.wanted
-        )
-        return [
-            command[0],
-            "--overlap",  # the step before holds its share of them while one of its nodes does not answer
-            f"--nodes={len(nodes)}",
-            f"--ntasks={len(nodes) * per_node}",
-            f"--nodelist={','.join(nodes)}",
-            *command[1:],
-        ]
+        """Return the ``srun`` command of a step on ``nodes``: a task per GPU, unless the job says else."""
+        gpus = self._environment.get("SLURM_GPUS_PER_NODE", "1").rpartition(":")[2]  # 8, or a100:8
+        per_node = int(self._environment.get("SLURM_NTASKS_PER_NODE", gpus))
+        options = [f"--nodes={len(nodes)}", f"--ntasks={len(nodes) * per_node}"]
+        options.append(f"--ntasks-per-node={per_node}")
+        if len(nodes) < self.wanted:  # --overlap: a step whose node does not answer still holds its share
+            options += [f"--nodelist={','.join(nodes)}", "--overlap"]
+        return [command[0], *options, *command[1:]]
 
     def meeting_point(self, node: str) -> dict[str, str]:
         """Return where the ranks meet, unless the environment says it: ``node``, at a port of this job."""

@@ -7,8 +7,8 @@
 #       --nodes=4 general --config configs/general_4x312.yaml data.corpus=/shared/wiki output=/shared/run -- \
 #       task sst2,mnli --config task.yaml output=/shared/runs/{task} students.0.init=/shared/run/export/tinybert-4x312
 #
-# A stage is one of corpus (the first only), general, task, sweep, with the arguments of its script in this
-# folder, in any number; options of sbatch come before it. It prints the jobs' numbers.
+# A stage is one of corpus, general, task, sweep, with the arguments of its script in this folder; any number of
+# them, in any order. Options of sbatch come before it. It prints the jobs' numbers.
 set -euo pipefail
 
 usage() {
@@ -26,8 +26,7 @@ submit() {
     local stage="${1:-}" list="${2:-}"
     case "${stage}" in
         corpus)
-            [[ ${#options[@]} == 0 ]] || usage # corpus.sh takes them from the environment
-            job="$(launcher/slurm/corpus.sh "${@:2}")"
+            job="$(launcher/slurm/corpus.sh "${options[@]}" "${@:2}")"
             echo "corpus: ${job}"
             job="${job##* }"
             ;;

@@ -89,18 +89,16 @@ class Cluster:
         return self.ask("sbatch", "--parsable", *arguments, **environment).partition(";")[0]
 
     def about(self, job: str) -> dict[str, str]:
-        """Return what the controller knows of a job (of an array: of its first task that is listed)."""
-        words = self.ask("scontrol", "show", "job", "-o", job).splitlines()[0].split()
-        return dict(word.partition("=")[::2] for word in words)
+        """Return what the controller knows of a job."""
+        return self._tasks(job)[0]
+
+    def _tasks(self, job: str) -> list[dict[str, str]]:
+        lines = self.ask("scontrol", "show", "job", "-o", job).splitlines()
+        return [dict(word.partition("=")[::2] for word in line.split()) for line in lines]
 
     def state(self, job: str) -> str:
         """Return PENDING, RUNNING, COMPLETING, COMPLETED, FAILED, CANCELLED, TIMEOUT, ..."""
         return self.about(job)["JobState"]
-
-    def states(self, job: str) -> list[str]:
-        """Return the states of all tasks of an array."""
-        lines = self.ask("scontrol", "show", "job", "-o", job).splitlines()
-        return [line.split("JobState=")[1].split()[0] for line in lines]
 
     def wait(self, job: str, states: Collection[str], timeout: float = 120) -> str:
         """Wait until a job is in one of ``states``; return it."""
@@ -109,6 +107,14 @@ class Cluster:
             assert time.monotonic() < until_s, f"job {job} is {state}, not {states}:\n{self.log(job)}"
             time.sleep(0.2)
         return state
+
+    def wait_for_all(self, job: str, states: Collection[str], timeout: float = 200) -> None:
+        """Wait until all tasks of an array, or a job, are in one of ``states``."""
+        until_s = time.monotonic() + timeout
+        while not {task["JobState"] for task in self._tasks(job)} <= set(states):
+            logs = "".join(self.log(task["JobId"]) for task in self._tasks(job))
+            assert time.monotonic() < until_s, f"job {job} is not {states}:\n{logs}"
+            time.sleep(0.2)
 
     def log(self, job: str) -> str:
         """Return what a job has printed so far, over all its starts."""
@@ -127,6 +133,11 @@ class Cluster:
             logs = "".join(path.read_text() for path in (self.folder / "log").glob("*.log"))
             assert time.monotonic() < until_s, f"nodes are {self.nodes()}:\n{logs}"
             time.sleep(0.1)
+
+    def clear(self) -> None:
+        """Cancel all jobs and wait until every node is idle."""
+        self.ask("scancel", "--user=root")
+        self.wait_for_nodes()
 
     def start_node(self, name: str) -> None:
         """Start a node's daemon, again if it was killed."""

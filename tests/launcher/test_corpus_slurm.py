@@ -1,42 +1,24 @@
-"""The job scripts of a build, run as Slurm runs them: a process for each task, in any order, one killed.
-
-A real controller belongs to the tests of job scripts; here a stand-in for sbatch runs what it is given.
-"""
+"""Corpus, pipeline and arrays: job scripts on a real Slurm, and run as it runs them, tasks in any order."""
 
 import os
 import subprocess
 import sys
 import time
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 
 from sharding.manifest import open_corpus
 from tests.conftest import WORDS
-from tests.launcher.conftest import ROOT
+from tests.launcher.conftest import ROOT, written
+from tests.launcher.slurm import cluster
 from tests.sharding.test_build import files_of
 
 SCRIPTS = ROOT / "launcher" / "slurm"
 
-SBATCH = """#!/usr/bin/env bash
-# Runs every task of the array, the last one first; fails if what it depends on has not run.
-set -euo pipefail
-job=$(($(ls "$JOBS" | wc -l) + 1))
-echo "$@" > "$JOBS/$job"
-while [[ $1 == --* ]]; do
-    case "$1" in
-        --array=0) last=0 ;;
-        --array=0-*) last="${1#--array=0-}" ;;
-        --dependency=afterok:*) [[ -e "$JOBS/${1#--dependency=afterok:}" ]] ;;
-    esac
-    shift
-done
-for ((task = last; task >= 0; task--)); do
-    SLURM_ARRAY_TASK_ID=$task SLURM_CPUS_PER_TASK=1 SLURM_SUBMIT_DIR="$PWD" bash "$@" >&2
-done
-echo "$job;cluster"
-"""
+ONE_NODE = ("--nodes=1", "--cpus-per-task=1")
 
 
 @pytest.fixture
@@ -98,27 +80,42 @@ def test_tasks_in_any_order_one_killed_and_repeated(
     assert not Path(f"{output}.partial").exists()
 
 
-def test_three_jobs_follow_each_other(keys: list[str], plain: dict[str, bytes], tmp_path: Path) -> None:
-    (tmp_path / "bin").mkdir()
-    (tmp_path / "jobs").mkdir()
-    (tmp_path / "bin" / "sbatch").write_text(SBATCH)
-    (tmp_path / "bin" / "sbatch").chmod(0o755)
-    environment = {
-        **os.environ,
-        "PATH": f"{tmp_path / 'bin'}:{os.environ['PATH']}",
-        "JOBS": str(tmp_path / "jobs"),
-        "PYTHON": sys.executable,
-    }
-    command = ["bash", str(SCRIPTS / "corpus.sh"), "2", f"output={tmp_path / 'corpus'}", *keys]
-    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
-    assert (done.returncode, done.stdout) == (0, "prepare 1, pack 2, join 3\n"), done.stderr
-    assert files_of(tmp_path / "corpus") == plain
-    asked = [(tmp_path / "jobs" / str(job)).read_text().split() for job in (1, 2, 3)]
-    assert all(option in asked[1] for option in ("--dependency=afterok:1", "--kill-on-invalid-dep=yes"))
-    assert "--dependency=afterok:2" in asked[2]
+@pytest.mark.network_of_ranks
+def test_the_pipeline_and_a_sweep_on_a_real_slurm(
+    keys: list[str], plain: dict[str, bytes], run_config: dict[str, Any], tmp_path: Path
+) -> None:
+    """Corpus (three jobs, two of them arrays), then general distillation, then two tasks; two runs beside."""
+    corpus, run = tmp_path / "corpus", tmp_path / "run"
+    run_config |= {"data": {"corpus": str(corpus)}, "evaluation": {"every_steps": None}}
+    run_config["train"]["steps"] = 2
+    config, one_gpu = written(run_config), (*ONE_NODE, "--gpus-per-node=1")
+    tasks = (f"output={tmp_path}/{{task}}", f"students.0.init={run}/export/small", "name={task}")
+    stages = [
+        (*ONE_NODE, "corpus", "2", f"output={corpus}", *keys),
+        (*one_gpu, "general", "--config", config, f"output={run}"),
+        (*one_gpu, "task", "sst2,mnli", "--config", config, *tasks),
+    ]
+    lines = tmp_path / "lines"
+    lines.write_text("train.steps=1\ntrain.steps=1 students.0.optimizer.lr=1e-9\n")
+    sweep = (str(lines), "--config", config, f"output={tmp_path}/sweep-{{line}}", "teacher.precision=bf16")
+    with cluster(tmp_path / "slurm") as slurm:
+        words = [word for stage in stages for word in (*stage, "--")][:-1]
+        said = slurm.ask("launcher/slurm/pipeline.sh", *words).splitlines()
+        assert said == ["corpus: prepare 1, pack 2, join 3", "general: 4", "task: 5"]
+        depends = [slurm.about(job)["Dependency"].partition("(")[0] for job in "2345"]
+        assert depends == ["afterok:1_*", "afterok:2_*", "afterok:3_*", "afterok:4"]
+        slurm.wait_for_all("4", {"COMPLETED"})
+        job = slurm.sbatch("--array=1-2", *one_gpu, "launcher/slurm/sweep.sbatch", *sweep)
+        for array in ("5", job):
+            slurm.wait_for_all(array, {"COMPLETED"})
+    assert files_of(corpus) == plain
+    for name in ("sst2", "mnli", "sweep-1", "sweep-2"):
+        assert (tmp_path / name / "export" / "small" / "config.json").exists()
+    assert "name: mnli\n" in (tmp_path / "mnli/config.yaml").read_text()
+    assert "lr: 1.0e-09" in (tmp_path / "sweep-2/config.yaml").read_text()
 
 
 @pytest.mark.parametrize("arguments", [[], ["3"], ["0", "output=x"], ["--config", "x.yaml"]])
 def test_the_number_of_tasks_is_asked_for(arguments: list[str]) -> None:
     done = subprocess.run(["bash", str(SCRIPTS / "corpus.sh"), *arguments], capture_output=True, text=True)
-    assert done.returncode == 2 and "usage: launcher/slurm/corpus.sh TASKS" in done.stderr
+    assert done.returncode == 2 and "usage: launcher/slurm/corpus.sh [sbatch options] TASKS" in done.stderr

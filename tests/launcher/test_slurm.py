@@ -21,14 +21,21 @@ from trainer import exits
 pytestmark = pytest.mark.network_of_ranks
 
 SCRIPT = "launcher/slurm/general.sbatch"
-ONE_TASK = ("--ntasks-per-node=1", "--gpus-per-node=1", "--cpus-per-task=1")
+ONE_TASK = ("--gpus-per-node=1", "--cpus-per-task=1")
 QUICK = "--pause=0.1 --retries=2"
 
 
 @pytest.fixture(scope="module")
-def slurm(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Cluster]:
+def two_nodes(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Cluster]:
     with cluster(tmp_path_factory.mktemp("slurm")) as running:
         yield running
+
+
+@pytest.fixture
+def slurm(two_nodes: Cluster) -> Iterator[Cluster]:
+    """Two idle nodes, n1 and n2."""
+    yield two_nodes
+    two_nodes.clear()
 
 
 def wait_for(slurm: Cluster, job: str, output: str, kind: str, count: int = 1) -> dict[str, Any]:
@@ -69,8 +76,8 @@ def test_killed_and_preempted_it_goes_on_bitwise(
     slurm: Cluster, run_config: dict[str, Any], general: Launch, tmp_path: Path
 ) -> None:
     """A rank killed: started again within the allocation. The nodes taken: saved, queued again, done."""
-    run_config["train"]["steps"] = 400
-    run_config |= {"checkpoint": {"every_steps": 20}, "evaluation": {"every_steps": 200, "rows": 40}}
+    run_config["train"]["steps"] = 300
+    run_config |= {"checkpoint": {"every_steps": 30}, "evaluation": {"every_steps": 150, "rows": 40}}
     whole, broken = str(tmp_path / "whole"), str(tmp_path / "broken")
     script = (SCRIPT, "--config", written(run_config), f"output={broken}")
     job = slurm.sbatch("--nodes=2", *ONE_TASK, *script, SUPERVISE=QUICK)
@@ -124,7 +131,6 @@ def test_without_its_first_node_it_goes_on_on_the_other(
         assert ended(slurm, job) == ("0:0", "1"), slurm.log(job)
     finally:
         slurm.start_node("n1")
-        slurm.wait_for_nodes()
     started = events(output, "started")[1]
     assert (started["ranks"], started["resumed"]) == (1, True) and started["step"] >= saved["step"]
 
@@ -156,7 +162,6 @@ def test_a_node_lost_in_place(slurm: Cluster, tmp_path: Path) -> None:
         assert ended(slurm, job) == ("0:0", "0"), slurm.log(job)
     finally:
         slurm.start_node("n2")
-        slurm.wait_for_nodes()
     assert [event["node"] for event in events(str(tmp_path), "finished")] == ["n1"]
 
 

@@ -190,8 +190,11 @@ def test_a_narrowed_hostfile(tmp_path: Path) -> None:
 
 
 def test_a_step_on_fewer_nodes() -> None:
-    job = Job({"SLURM_JOB_ID": "30007", "SLURM_JOB_NUM_NODES": "3", "SLURM_NTASKS": "24"})
-    command = ["srun", "--wait=30", "python"]
-    assert job.step(command, ["a", "b", "c"]) == command
-    fewer = ["--nodes=2", "--ntasks=16", "--nodelist=a,c", "--wait=30", "python"]
-    assert job.step(command, ["a", "c"]) == ["srun", "--overlap", *fewer]
+    environment = {"SLURM_JOB_ID": "30007", "SLURM_JOB_NUM_NODES": "3", "SLURM_GPUS_PER_NODE": "a100:8"}
+    command, tasks = ["srun", "--wait=30", "python"], "--ntasks-per-node=8"
+    whole = Job(environment).step(command, ["a", "b", "c"])
+    assert whole == ["srun", "--nodes=3", "--ntasks=24", tasks, *command[1:]]
+    fewer = Job(environment).step(command, ["a", "c"])
+    left = ["--nodelist=a,c", "--overlap"]
+    assert fewer == ["srun", "--nodes=2", "--ntasks=16", tasks, *left, *command[1:]]
+    assert "--ntasks=6" in Job(environment | {"SLURM_NTASKS_PER_NODE": "2"}).step(command, ["a", "b", "c"])
