@@ -1,6 +1,6 @@
 """The Dockerfile built for real and the demo run in the result: ``make image``, not part of ``make test``.
 
-Root, debootstrap, buildah, 20 GB under TMPDIR and some ten minutes are needed, but no daemon and no GPU. The
+Root, debootstrap, buildah, 8 GB under TMPDIR and some ten minutes are needed, but no daemon and no GPU. The
 base image is this host's own distribution. Its package sources, and pip's with the local files that they
 name, are used inside too.
 """
