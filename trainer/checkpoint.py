@@ -13,6 +13,7 @@ same for every ZeRO stage, precision and number of ranks. Random numbers need no
 from (seed, step, rank, micro batch), see ``trainer.loop``, and the data order from (seed, rows consumed).
 """
 
+import errno
 import json
 import math
 import re
@@ -312,7 +313,12 @@ def _unused(folder: Path, name: str) -> Path:
 def _point_latest(folder: Path, path: Path) -> None:
     new = folder / f".{LATEST}.new"
     new.unlink(missing_ok=True)
-    new.symlink_to(path.name)
+    try:
+        new.symlink_to(path.name)
+    except OSError as error:
+        if error.errno in (errno.EPERM, errno.EOPNOTSUPP):
+            return  # a file system without links; nothing but people needs it
+        raise
     new.replace(folder / LATEST)
     sync(folder)
 

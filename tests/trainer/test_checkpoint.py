@@ -1,5 +1,6 @@
 """Saving: what is read is what was written; a kill or a full disk harms no other checkpoint."""
 
+import errno
 import os
 import shutil
 import signal
@@ -219,3 +220,13 @@ def test_a_full_disk_leaves_what_was_there(tmp_path):
             filler.unlink()
         assert names(folder) == ["step-00000001", "step-00000002"] and verify(folder / "step-00000002") == []
     assert len(met) > 8
+
+
+def test_a_file_system_without_links_costs_the_link_only(tmp_path, monkeypatch):
+    def refuse(*arguments, **options):
+        raise OSError(errno.EPERM, "Operation not permitted")  # what vfat says
+
+    monkeypatch.setattr(os, "symlink", refuse)
+    for step in (1, 2, 3):
+        save(tmp_path, checkpoint(step), keep(1))
+    assert names(tmp_path) == ["step-00000003"] and not (tmp_path / "latest").exists()
