@@ -7,13 +7,16 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from typing import Any
 
+import psutil
 import pytest
 
 from launcher import hostfile
 from launcher.policy import Next, Record, complaint, decide, outcome, pause_s, place
 from launcher.slurm_job import Job
-from tests.launcher.conftest import ROOT
+from tests.launcher.conftest import ROOT, command
+from tests.launcher.test_stops import events, wait_for
 from trainer import exits
 
 AGAIN, REQUEUE, END = Next.again, Next.requeue, Next.end
@@ -107,10 +110,10 @@ def test_whom_srun_blames(line: str, expected: tuple[str | None, int | None] | N
 
 def supervise(folder: Path, script: str, *options: str) -> subprocess.Popen[str]:
     """The supervisor around a Bash script that has the run's folder as $1."""
-    command = [sys.executable, "launcher/supervise.py", "--pause=0.05", f"--output={folder}", *options, "--"]
+    words = [sys.executable, "launcher/supervise.py", "--pause=0.05", f"--output={folder}", *options, "--"]
     environment = {name: value for name, value in os.environ.items() if not name.startswith("SLURM")}
     return subprocess.Popen(
-        [*command, "bash", "-c", script, "run", str(folder)],
+        [*words, "bash", "-c", script, "run", str(folder)],
         cwd=ROOT,
         env=environment,
         stderr=subprocess.PIPE,
@@ -198,3 +201,27 @@ def test_a_step_on_fewer_nodes() -> None:
     left = ["--nodelist=a,c", "--overlap"]
     assert fewer == ["srun", "--nodes=2", "--ntasks=16", tasks, *left, *command[1:]]
     assert "--ntasks=6" in Job(environment | {"SLURM_NTASKS_PER_NODE": "2"}).step(command, ["a", "b", "c"])
+
+
+@pytest.mark.network_of_ranks
+def test_torchrun_is_the_inner_loop(run_config: dict[str, Any], tmp_path: Path) -> None:
+    """A rank killed: torchrun starts its workers again, and the supervisor has nothing to do."""
+    run_config["train"]["steps"] = 60
+    output = run_config["output"]
+    launch = command(tmp_path, run_config, f"output={output}", ranks=2, by="torchrun")
+    launch.insert(launch.index("--nproc_per_node"), "--max-restarts=1")
+    environment = {name: value for name, value in os.environ.items() if not name.startswith("SLURM")}
+    process = subprocess.Popen(
+        [sys.executable, str(ROOT / "launcher/supervise.py"), "--", *launch],
+        env={**environment, "DS_ACCELERATOR": "cpu"},
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+    wait_for(process, output, "saved")
+    (torchrun,) = psutil.Process(process.pid).children()
+    torchrun.children()[1].kill()
+    assert process.stderr is not None
+    said = process.stderr.read()
+    assert process.wait() == 0, said
+    assert [event["resumed"] for event in events(output, "started")] == [False, True]
+    assert said.count("supervise: ") == 2, "one command, one end"
