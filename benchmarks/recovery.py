@@ -91,7 +91,9 @@ def recovery(run: TinyRun, way: str) -> dict[str, float]:
             )
     try:
         wait_for_training(run, 1)
-        time.sleep(1.0)
+        while run.newest_step() == 0:  # so that there is a checkpoint to load
+            time.sleep(0.1)
+        time.sleep(0.5)
         old = ranks(run)
         struck_s = time.time()
         old[1].kill()
