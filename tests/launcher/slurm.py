@@ -22,6 +22,7 @@ ROOT = Path(__file__).resolve().parents[2]
 
 CONFIGURATION = """
 ClusterName=test
+FirstJobId={port}
 SlurmctldHost={host}(127.0.0.1)
 SlurmUser=root
 SlurmdUser=root
