@@ -170,8 +170,8 @@ def leave_lost(error: Exception) -> NoReturn:
         who = f"rank {dist.get_rank()} ({socket.gethostname()})"
         print(
             f"\nerror: {who} lost contact with another rank: {meeting.first_line(error)}\n"
-            "That process or its node ended, see its messages, or the link broke. Started again, the run resumes "
-            "from the newest checkpoint",
+            "That process or its node ended, see its messages, or the link broke. Started again, the run "
+            "resumes from the newest checkpoint",
             file=sys.stderr,
         )
     sys.stdout.flush()

@@ -6,24 +6,29 @@ import socket
 import psutil
 
 
-def named(address: str) -> str | None:
-    """Return the interface that has ``address``; the loopback interface for all of its addresses."""
-    if is_loopback(address):
-        address = "127.0.0.1"
-    found = (name for name, at in psutil.net_if_addrs().items() if address in [a.address for a in at])
+def named(own: str) -> str | None:
+    """Return the interface that has this address; the loopback interface for all of its addresses."""
+    if is_loopback(own):
+        own = "127.0.0.1"
+    found = (name for name, at in psutil.net_if_addrs().items() if own in [a.address for a in at])
     return next(found, None)
 
 
-def is_loopback(address: str) -> bool:
+def address(name: str) -> str | None:
+    """Return the first IPv4 address of an interface; None without."""
+    return next((a.address for a in psutil.net_if_addrs().get(name, []) if a.family == socket.AF_INET), None)
+
+
+def is_loopback(text: str) -> bool:
     """Return True for an address that leads to this host itself, wherever it is used."""
-    return ipaddress.ip_address(address.partition("%")[0]).is_loopback
+    return ipaddress.ip_address(text.partition("%")[0]).is_loopback
 
 
-def towards(address: str) -> str:
+def towards(other: str) -> str:
     """Return this host's own address on the way to another; nothing is sent."""
-    family = socket.AF_INET6 if ":" in address else socket.AF_INET
+    family = socket.AF_INET6 if ":" in other else socket.AF_INET
     with socket.socket(family, socket.SOCK_DGRAM) as probe:
-        probe.connect((address, 9))
+        probe.connect((other, 9))
         return str(probe.getsockname()[0])
 
 
@@ -34,18 +39,21 @@ def listed() -> str:
     return ", ".join(" ".join([name, *addresses]) for name, addresses in ipv4)
 
 
-def wrong(variable: str, value: str | None) -> str | None:
+def wrong(variable: str, value: str | None, own: str) -> str | None:
     """Return what is wrong with an interface that the environment asks for; None when nothing is.
 
     Gloo takes names, with commas between them; NCCL takes prefixes, ``=name`` and ``^name`` (all but it).
+    ``own`` is this host's address on the way to rank 0.
     """
-    there = psutil.net_if_addrs()
-    for name in (value or "").removeprefix("=").split(","):
-        by_prefix = variable.startswith("NCCL") and not (value or "").startswith("=")
+    there, host = psutil.net_if_addrs(), socket.gethostname()
+    way_out = f"there are: {listed()}. Set it to the one that leads to the other hosts, or unset it"
+    if value is None or value.startswith("^"):
+        return None
+    for name in value.removeprefix("=").split(","):
+        by_prefix = variable.startswith("NCCL") and not value.startswith("=")
         known = any(other == name or by_prefix and other.startswith(name) for other in there)
-        if name and not name.startswith("^") and not known:
-            return (
-                f"{variable}={value} names an interface that {socket.gethostname()} does not have; there "
-                f"are: {listed()}. Set it to the one that leads to the other hosts, or unset it"
-            )
+        if name and not known:
+            return f"{variable}={value} names an interface that {host} does not have; {way_out}"
+    if not is_loopback(own) and is_loopback(address(value) or own):
+        return f"{variable}={value} leads to {host} itself alone, but the run has other hosts; {way_out}"
     return None

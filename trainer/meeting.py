@@ -33,6 +33,8 @@ WAIT_LINE_S = 30.0
 """Every so often a rank that waits says for what."""
 STORE_S = 60.0
 """Longest wait for an answer of the store."""
+CONNECT_S = 120.0
+"""Longest wait of ranks that have all checked in for connections to each other; gloo tries several times."""
 _LOST = re.compile(
     r"closed by peer|[Cc]onnection reset|[Cc]onnection refused|Broken pipe|Failed to recv|likely closed|"
     r"Timed out waiting|[Tt]imed out after|wait timeout|\[\S*gloo/|Gloo \w+ failed|"
@@ -84,23 +86,23 @@ def connect(
             raise problem
     else:
         key = f"{backend.upper()}_SOCKET_IFNAME"
-        if problem is None and (wrong := interfaces.wrong(key, environment.get(key))):
-            problem = MeetingError(wrong)
         store, own = _store(place, environment, start_s)
+        if place.size == place.local_size:
+            own = "127.0.0.1"  # nothing listens to the outside without need
+        if problem is None and (wrong := interfaces.wrong(key, environment.get(key), own)):
+            problem = MeetingError(wrong)
         verdict = _check_in(store, _record(place, own, environment.get(key), facts or {}, problem), start_s)
         if verdict.code != exits.DONE:
             _end(place, verdict, problem)
         table = verdict.table
-        if place.size == place.local_size:
-            own = "127.0.0.1"
-        elif verdict.outside and interfaces.is_loopback(
-            own
+        if (
+            place.size > place.local_size and verdict.outside and interfaces.is_loopback(own)
         ):  # this host's name leads to itself, as in Debian
             own = interfaces.towards(verdict.outside)
     if backend == "gloo" and "GLOO_SOCKET_IFNAME" not in environment and (name := interfaces.named(own)):
         os.environ["GLOO_SOCKET_IFNAME"] = name
     try:
-        timeout = timedelta(seconds=start_s)
+        timeout = timedelta(seconds=min(start_s, CONNECT_S))
         dist.init_process_group(backend, store=store, rank=place.rank, world_size=place.size, timeout=timeout)
         dist.all_reduce(torch.ones(1, device=place.device))
     except RuntimeError as error:
@@ -309,7 +311,7 @@ def _record(
         local_size=place.local_size,
         device=place.device.type,
         interface=interface or interfaces.named(own) or "",
-        address=own,
+        address=interfaces.address(interface) or own if interface else own,
         facts=dict(facts),
         problem=None if problem is None else str(problem),
         code=exits.WRONG if problem is None else exits.of(problem),
@@ -334,4 +336,6 @@ def _unknown(host: str, error: OSError) -> MeetingError:
 
 def first_line(error: BaseException) -> str:
     """Return what an error of torch or gloo says, without the place in their sources and their advice."""
-    return re.sub(r"^\[\S*\] *|\. This is typically.*|\n.*", "", str(error).strip(), flags=re.DOTALL)
+    return re.sub(
+        r"\[\S*\.(?:cc|h):\d+\] *|\. This is typically.*|\n.*", "", str(error).strip(), flags=re.DOTALL
+    )

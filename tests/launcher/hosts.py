@@ -45,7 +45,7 @@ mount --bind {folder}/ssh_config /etc/ssh/ssh_config
 ip link set lo up
 /usr/sbin/sshd -f {folder}/sshd_config
 echo ready
-exec sleep infinity
+sleep infinity & wait  # a shell: the first process of a host reaps what others leave
 """
 
 
@@ -60,30 +60,20 @@ class Hosts:
         """The address of a host's ``eth0``."""
         return f"10.99.0.{self.names.index(host) + 1}"
 
-    def command(self, host: str, *command: str) -> list[str]:
-        """The command line that runs ``command`` on a host."""
-        return [
-            "nsenter",
-            "-t",
-            str(self._inits[host]),
-            "-n",
-            "-u",
-            "-m",
-            "-p",
-            f"--wd={Path.cwd()}",
-            "--",
-            *command,
-        ]
-
     def run(self, host: str, *command: str, **settings: Any) -> subprocess.CompletedProcess[str]:
         """Run a command on a host to its end; ``settings`` as of ``subprocess.run``."""
         settings = {"capture_output": True, "text": True, "timeout": 300, **settings}
-        return subprocess.run(self.command(host, *command), **settings)
+        return subprocess.run(self._on(host, command, settings), **settings)
 
     def start(self, host: str, *command: str, **settings: Any) -> subprocess.Popen[str]:
         """Start a command on a host, ``settings`` as of ``subprocess.Popen``; it ends with the host."""
         settings = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True, **settings}
-        return subprocess.Popen(self.command(host, *command), **settings)
+        return subprocess.Popen(self._on(host, command, settings), **settings)
+
+    def _on(self, host: str, command: tuple[str, ...], settings: Mapping[str, Any]) -> list[str]:
+        folder = settings.get("cwd") or Path.cwd()
+        within = ["-t", str(self._inits[host]), "-n", "-u", "-m", "-p", f"--wd={folder}"]
+        return ["nsenter", *within, "--", *command]
 
     def link(self, host: str, up: bool) -> None:
         """Take a host from the switch, or put it back. Its interface stays up: what it sends is lost."""
@@ -100,14 +90,15 @@ class Hosts:
         finally:
             self.run(host, "umount", "-l", str(what), check=True)
 
-    def processes(self, host: str, part: str) -> list[psutil.Process]:
-        """The processes of a host with ``part`` in an argument."""
+    def processes(self, host: str, part: str, parent: str = "") -> list[psutil.Process]:
+        """The processes of a host with ``part`` in its arguments, and ``parent`` in its parent's."""
         own = os.readlink(f"/proc/{self._inits[host]}/ns/pid")
         found = []
         for process in psutil.process_iter():
             with contextlib.suppress(psutil.Error, OSError):
-                if os.readlink(f"/proc/{process.pid}/ns/pid") == own:
-                    found += [process] if any(part in word for word in process.cmdline()) else []
+                if os.readlink(f"/proc/{process.pid}/ns/pid") == own and part in " ".join(process.cmdline()):
+                    above = process.parent()
+                    found += [process] if above and parent in " ".join(above.cmdline()) else []
         return found
 
 
@@ -124,7 +115,7 @@ def hosts(folder: Path, names: tuple[str, ...] = ("node1", "node2")) -> Iterator
     for key in ("key", "hostkey"):
         subprocess.run(["ssh-keygen", "-q", "-t", "ed25519", "-N", "", "-f", folder / key], check=True)
     with contextlib.ExitStack() as stack:
-        switch = stack.enter_context(_namespace("echo ready; exec sleep infinity"))
+        switch = stack.enter_context(_namespace("echo ready; sleep infinity & wait"))
         within = ["nsenter", "-t", str(switch), "-n", "ip"]
         subprocess.run([*within, "link", "add", "switch", "type", "bridge"], check=True)
         subprocess.run([*within, "link", "set", "switch", "up"], check=True)
