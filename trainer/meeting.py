@@ -23,7 +23,7 @@ import torch.distributed as dist
 from configs.schema import TimeoutConfig
 from trainer import exits, interfaces
 from trainer.rollcall import Record, Verdict, judge, missing
-from trainer.world import World, address, set_timeouts
+from trainer.world import World, address, set_timeouts, sum_over_ranks
 
 log = logging.getLogger("distil")
 
@@ -75,36 +75,37 @@ def connect(
         SystemExit: on the other ranks, where rank 0 raises what all have met.
     """
     start_s = (timeouts or TimeoutConfig()).start_s
-    backend = "nccl" if place.device.type == "cuda" else "gloo"
     if place.device.type == "cuda":
         torch.cuda.set_device(place.device)
     os.environ.setdefault("LOCAL_RANK", str(place.local_rank))  # DeepSpeed reads it
-    store: dist.Store = dist.HashStore()
-    own, table = "127.0.0.1", ""
     if place.size == 1 and "MASTER_ADDR" not in environment:
         if problem is not None:
             raise problem
-    else:
-        key = f"{backend.upper()}_SOCKET_IFNAME"
-        store, own = _store(place, environment, start_s)
-        if place.size == place.local_size:
-            own = "127.0.0.1"  # nothing listens to the outside without need
-        if problem is None and (wrong := interfaces.wrong(key, environment.get(key), own)):
-            problem = MeetingError(wrong)
-        verdict = _check_in(store, _record(place, own, environment.get(key), facts or {}, problem), start_s)
-        if verdict.code != exits.DONE:
-            _end(place, verdict, problem)
-        table = verdict.table
-        if (
-            place.size > place.local_size and verdict.outside and interfaces.is_loopback(own)
-        ):  # this host's name leads to itself, as in Debian
-            own = interfaces.towards(verdict.outside)
-    if backend == "gloo" and "GLOO_SOCKET_IFNAME" not in environment and (name := interfaces.named(own)):
+        _form(place, dist.HashStore(), "127.0.0.1", "", start_s)
+        return
+    key = f"{_backend(place).upper()}_SOCKET_IFNAME"
+    store, own = _store(place, environment, start_s)
+    if place.size == place.local_size:
+        own = "127.0.0.1"  # nothing listens to the outside without need
+    if problem is None and (wrong := interfaces.wrong(key, environment.get(key), own)):
+        problem = MeetingError(wrong)
+    verdict = _check_in(store, _record(place, own, environment.get(key), facts or {}, problem), start_s)
+    if verdict.code != exits.DONE:
+        _end(place, verdict, problem)
+    if place.size > place.local_size and verdict.outside and interfaces.is_loopback(own):
+        own = interfaces.towards(verdict.outside)  # this host's name leads to itself, as in Debian
+    _form(place, store, own, verdict.table, start_s)
+
+
+def _form(place: World, store: dist.Store, own: str, table: str, start_s: float) -> None:
+    """Form the process group of ranks that have met, and see that they reach each other (collective)."""
+    backend = _backend(place)
+    if backend == "gloo" and "GLOO_SOCKET_IFNAME" not in os.environ and (name := interfaces.named(own)):
         os.environ["GLOO_SOCKET_IFNAME"] = name
+    timeout = timedelta(seconds=min(start_s, CONNECT_S))
     try:
-        timeout = timedelta(seconds=min(start_s, CONNECT_S))
         dist.init_process_group(backend, store=store, rank=place.rank, world_size=place.size, timeout=timeout)
-        dist.all_reduce(torch.ones(1, device=place.device))
+        assert sum_over_ranks(torch.ones(1, device=place.device)).item() == place.size
     except RuntimeError as error:
         if not first_to_say(store):
             raise SystemExit(exits.LOST) from error
@@ -115,6 +116,10 @@ def connect(
             ".deepspeed_env), and let firewalls pass all TCP ports between the hosts"
         ) from error
     set_timeouts(start_s)
+
+
+def _backend(place: World) -> str:
+    return "nccl" if place.device.type == "cuda" else "gloo"
 
 
 def or_tell(

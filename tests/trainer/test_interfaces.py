@@ -1,4 +1,4 @@
-"""Interfaces of this host, against what the kernel lists."""
+"""``trainer/interfaces.py``: interfaces of this host, against what the kernel lists."""
 
 import socket
 

@@ -1,4 +1,4 @@
-"""What ranks' records say when they are laid side by side."""
+"""``trainer/rollcall.py``: what ranks' records say when they are laid side by side."""
 
 from dataclasses import replace
 from typing import Any
