@@ -28,17 +28,27 @@ SRUN = {
 }
 
 
-@pytest.mark.parametrize("environment", [TORCHRUN, DEEPSPEED, SRUN, {**SRUN, **TORCHRUN}])
+MPIRUN = {
+    "OMPI_COMM_WORLD_RANK": "5",
+    "OMPI_COMM_WORLD_SIZE": "8",
+    "OMPI_COMM_WORLD_LOCAL_RANK": "1",
+    "OMPI_COMM_WORLD_LOCAL_SIZE": "4",
+}
+
+
+@pytest.mark.parametrize(
+    "environment", [TORCHRUN, DEEPSPEED, SRUN, MPIRUN, {**SRUN, **TORCHRUN}, {**SRUN, **MPIRUN}]
+)
 def test_every_launcher_describes_the_same_world(environment):
     assert find(environment) == World(rank=5, size=8, local_rank=1, local_size=4, device=CPU)
-    assert not find(environment).is_main
+    assert not find(environment).is_main and not world.is_main(environment)
 
 
 @pytest.mark.parametrize("environment", [{}, {"SLURM_JOB_ID": "7", "SLURM_NTASKS": "8"}])
 def test_a_process_that_no_launcher_started_is_alone(environment):
     """A Slurm job's own shell is no step: plain python in it is one process."""
     assert find(environment) == World(0, 1, 0, 1, CPU)
-    assert find(environment).is_main
+    assert find(environment).is_main and world.is_main(environment)
 
 
 def test_what_torchrun_says_goes_before_what_slurm_says():
@@ -51,6 +61,65 @@ def test_half_a_description_is_refused(name):
     environment = {key: value for key, value in TORCHRUN.items() if key != name}
     with pytest.raises(ValueError, match=f"environment {name}=None is not a number .* start with deepspeed"):
         find(environment)
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"RANK": "8"}, "RANK=8 is not below WORLD_SIZE=8"),
+        ({"LOCAL_RANK": "4"}, "LOCAL_RANK=4 is not below LOCAL_WORLD_SIZE=4"),
+        ({"LOCAL_WORLD_SIZE": "9"}, "LOCAL_WORLD_SIZE=9 is more than WORLD_SIZE=8"),
+    ],
+)
+def test_numbers_that_do_not_fit_each_other_are_refused(changes, message):
+    """Such as an export that was left from another launcher."""
+    with pytest.raises(ValueError, match=message):
+        find({**TORCHRUN, **changes})
+
+
+@pytest.mark.parametrize(
+    ("tasks", "node", "expected"), [("4(x2)", 1, 4), ("2,1", 0, 2), ("2,1", 1, 1), ("3(x2),1,2(x5)", 3, 2)]
+)
+def test_srun_may_place_more_tasks_on_one_node_than_on_another(tasks, node, expected):
+    environment = {
+        **SRUN,
+        "SLURM_STEP_TASKS_PER_NODE": tasks,
+        "SLURM_NODEID": str(node),
+        "SLURM_LOCALID": "0",
+    }
+    assert find(environment).local_size == expected
+
+
+@pytest.mark.parametrize(
+    ("nodes", "first"),
+    [
+        ("node1", "node1"),
+        ("node[1-4,7],gpu01", "node1"),
+        ("gpu[007-012]", "gpu007"),
+        ("rack2-n[3]-ib,other", "rack2-n3-ib"),
+        ("a,b,c", "a"),
+    ],
+)
+def test_ranks_of_a_job_step_meet_on_its_first_node(nodes, first):
+    """Slurm's short form of host lists, as ``scontrol show hostnames`` would expand it."""
+    step = {**SRUN, "SLURM_JOB_ID": "123456", "SLURM_STEP_NODELIST": nodes, "SLURM_JOB_NODELIST": "other9"}
+    assert world.address(step) == (first, 23456)
+    assert world.address({**step, "SLURM_STEP_ID": "1"}) == (first, 24465)  # steps side by side do not meet
+    assert world.address({**step, "MASTER_ADDR": "here", "MASTER_PORT": "29500"}) == ("here", 29500)
+
+
+@pytest.mark.parametrize(
+    ("environment", "message"),
+    [
+        (MPIRUN, "MASTER_ADDR is not set: .* with mpirun give -x MASTER_ADDR"),
+        ({**TORCHRUN, "MASTER_ADDR": "node1"}, "MASTER_PORT is not set"),
+        ({"MASTER_ADDR": "node1", "MASTER_PORT": "http"}, "MASTER_PORT='http' is not a port"),
+        ({"MASTER_ADDR": "node1", "MASTER_PORT": "65536"}, "MASTER_PORT='65536' is not a port"),
+    ],
+)
+def test_ranks_that_do_not_know_where_to_meet_say_so(environment, message):
+    with pytest.raises(ValueError, match=message):
+        world.address(environment)
 
 
 @pytest.mark.parametrize("text", ["", "two", "-1", "1.5"])
