@@ -106,9 +106,9 @@ def address(environment: Mapping[str, str]) -> tuple[str, int]:
     host, port = environment.get("MASTER_ADDR"), environment.get("MASTER_PORT")
     nodes = environment.get("SLURM_STEP_NODELIST", environment.get("SLURM_JOB_NODELIST"))
     if "SLURM_STEP_ID" in environment and nodes is not None:
-        first = re.match(r"([^,\[]+)(?:\[(\d+)[^\]]*\]([^,]*))?", nodes)  # rack1-node[07-12,20],other3
+        first = re.match(r"([^,\[]+)\[?(\d*)", nodes)  # node[07-12,20],other3
+        host = host or (first and "".join(first.groups()))
         job, step = int(environment.get("SLURM_JOB_ID", "0")), environment["SLURM_STEP_ID"]
-        host = host or (first and "".join(part or "" for part in first.groups()))
         port = port or str(20000 + (job + 1009 * (int(step) if step.isdigit() else 0)) % 10000)
     if not host or port is None:
         missing = "MASTER_PORT" if host else "MASTER_ADDR"
