@@ -32,6 +32,7 @@ from configs.schema import RunConfig
 from launcher import provenance
 from launcher.assembly import build
 from launcher.checks import check, check_memory
+from launcher.facts import facts
 from launcher.reporting import Reporter, Tracked, duration
 from launcher.runfolder import RunFolder
 from sharding.corpora import Corpora
@@ -110,9 +111,9 @@ def distil(config: RunConfig, stations: Stations, profile_steps: int | None = No
     world.share_cores(place, config.train.threads)
     if config.train.deterministic:
         torch.use_deterministic_algorithms(True)
-    corpora, facts = meeting.or_tell(place, os.environ, config.timeouts, lambda: checked(config, place))
+    corpora, equal = meeting.or_tell(place, os.environ, config.timeouts, lambda: checked(config, place))
     stations.passed("checks")
-    meeting.connect(place, os.environ, config.timeouts, facts)
+    meeting.connect(place, os.environ, config.timeouts, equal)
     engine.attach()
     stations.passed("meeting")
 
@@ -159,7 +160,7 @@ def checked(config: RunConfig, place: World) -> tuple[Corpora, dict[str, str]]:
     """Return the corpora, after all checks that need no other rank, and what must be equal on all ranks."""
     corpora = check(config, place)
     check_memory(config, place, corpora)
-    return corpora, provenance.facts(config, corpora)
+    return corpora, facts(config, corpora)
 
 
 def leave_lost(error: Exception) -> NoReturn:
