@@ -107,7 +107,6 @@ def distil(config: RunConfig, stations: Stations, profile_steps: int | None = No
     watchdog = Watchdog(place, config.timeouts.start_s)
     stations.listener = watchdog.beat
     interruption = Interruption(place.rank, config.train.max_hours, stations.started_s)
-    interruption.listen()
     world.share_cores(place, config.train.threads)
     if config.train.deterministic:
         torch.use_deterministic_algorithms(True)
@@ -116,6 +115,7 @@ def distil(config: RunConfig, stations: Stations, profile_steps: int | None = No
     meeting.connect(place, os.environ, config.timeouts, equal)
     engine.attach()
     stations.passed("meeting")
+    interruption.listen()  # before, there is nothing to save: a signal ends the process
 
     folder = RunFolder(Path(config.output))
     world.on_main(place, folder.claim)
@@ -220,6 +220,7 @@ def start_tracking(
         try:
             opened.append(Tracked.start(config, corpora, run_ids))
         except TrackingError as error:
+            folder.discard_if_new()
             if run_ids:  # it worked before, so it may again
                 raise ConnectionError(f"the run's MLflow runs cannot be continued: {error}") from error
             raise

@@ -4,6 +4,7 @@ import fcntl
 import json
 import logging
 import os
+import shutil
 import socket
 import time
 from datetime import datetime, timezone
@@ -56,6 +57,11 @@ class RunFolder:
         job = os.environ.get("SLURM_JOB_ID")
         named = f"{socket.gethostname()}, pid {os.getpid()}" + (f", Slurm job {job}" if job else "")
         os.pwrite(descriptor, named.encode(), 0)
+
+    def discard_if_new(self) -> None:
+        """Take the folder away if it holds nothing but the lock: a start that is refused leaves no trace."""
+        if [path.name for path in self.path.iterdir()] == [".lock"]:
+            shutil.rmtree(self.path)
 
     def event(self, event: str, step: int, **facts: Any) -> None:
         """Append a line to ``events.jsonl``: what happened, when (UTC) and after which step."""

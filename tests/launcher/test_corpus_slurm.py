@@ -1,6 +1,7 @@
 """Corpus, pipeline and arrays: job scripts on a real Slurm, and run as it runs them, tasks in any order."""
 
 import os
+import re
 import subprocess
 import sys
 import time
@@ -101,12 +102,14 @@ def test_the_pipeline_and_a_sweep_on_a_real_slurm(
     with cluster(tmp_path / "slurm") as slurm:
         words = [word for stage in stages for word in (*stage, "--")][:-1]
         said = slurm.ask("launcher/slurm/pipeline.sh", *words).splitlines()
-        assert said == ["corpus: prepare 1, pack 2, join 3", "general: 4", "task: 5"]
-        depends = [slurm.about(job)["Dependency"].partition("(")[0] for job in "2345"]
-        assert depends == ["afterok:1_*", "afterok:2_*", "afterok:3_*", "afterok:4"]
-        slurm.wait_for_all("4", {"COMPLETED"})
+        prepare, pack, join, general, task = re.findall(r"\d+", " ".join(said))
+        corpus_jobs = f"prepare {prepare}, pack {pack}, join {join}"
+        assert said == [f"corpus: {corpus_jobs}", f"general: {general}", f"task: {task}"]
+        depends = [slurm.about(job)["Dependency"].partition("(")[0] for job in (pack, join, general, task)]
+        assert depends == [f"afterok:{job}" for job in (f"{prepare}_*", f"{pack}_*", f"{join}_*", general)]
+        slurm.wait_for_all(general, {"COMPLETED"})
         job = slurm.sbatch("--array=1-2", *one_gpu, "launcher/slurm/sweep.sbatch", *sweep)
-        for array in ("5", job):
+        for array in (task, job):
             slurm.wait_for_all(array, {"COMPLETED"})
     assert files_of(corpus) == plain
     for name in ("sst2", "mnli", "sweep-1", "sweep-2"):
