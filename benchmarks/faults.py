@@ -58,7 +58,9 @@ def kill(life: Life, chance: random.Random, aim: str) -> Fault | None:
     if victim.wait() != -signal.SIGKILL:
         return None  # it had just ended
     codes = life.wait(LAUNCHER_S if starting else END_LIMIT_S)
-    if not starting and set(codes) != {-signal.SIGKILL, exits.LOST}:
+    # Killed on its way out, when all was done, it is missed by nobody.
+    others = {exits.LOST, exits.DONE} if life.count("finished") else {exits.LOST}
+    if not starting and not set(codes) - {-signal.SIGKILL} <= others:
         fault.problem = f"exit codes {codes}"
     return gone(life, fault)
 
