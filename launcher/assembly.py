@@ -7,7 +7,8 @@ from collections.abc import Callable
 from transformers import PreTrainedConfig, PreTrainedModel
 
 from configs.deepspeed import derive
-from configs.schema import RunConfig, StudentConfig
+from configs.schema import RunConfig
+from configs.student_schema import StudentConfig
 from sharding.corpora import Corpora
 from trainer import encoders, engine, shapes
 from trainer.checkpoint import Checkpoint, Progress

@@ -153,9 +153,10 @@ class SpeedMeter:
         return figures
 
     def forget(self) -> None:
-        """Begin a new span."""
+        """Begin a new span; what its parts have taken so far belongs to none."""
         self.rows = self.tokens = self.steps = 0
         self.span_s = 0.0
+        self._clock_s = self.clock.totals()
 
     def _checkpoint(self) -> dict[str, float]:
         """Seconds that saves have held training up since the last report; their share of all time."""

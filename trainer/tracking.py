@@ -224,7 +224,7 @@ class Run:
 
     def set_tag(self, key: str, value: str) -> None:
         """Queue a tag."""
-        self._outbox.call(f"tag {key}", lambda: self._client.set_tag(self.id, key, value))
+        self._outbox.call(f"tag {key}", lambda: self._client.set_tag(self.id, key, public(value)))
 
     def fail(self, reason: str) -> None:
         """Queue the status FAILED and the tag ``failed``, which says why; the run can still be logged to."""

@@ -226,6 +226,9 @@ def test_a_rollback_takes_all_back_and_lowers_the_rate_of_the_one_that_failed(
     assert (
         last["b"]["optimizer/lr"] == last["a"]["optimizer/lr"] / 2 and last["b"]["optimizer/rollbacks"] == 1
     )
+    assert all(speed["share/other"] >= 0 for _, _, speed, _ in heard.logs), (
+        "steps gone back over count in none"
+    )
     again = [step for step, *_ in heard.logs]
     assert again == [2, 4, 6, 7], "what was being measured when it failed is measured anew"
 
