@@ -291,4 +291,4 @@ def retired_error(run: Run) -> NonFiniteError | None:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    exits.leave(main())

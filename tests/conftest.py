@@ -115,6 +115,14 @@ def small_disk(folder: Path, size: int) -> Iterator[Path]:
         libc.umount2(str(folder).encode(), 2)
 
 
+@pytest.fixture(scope="module", autouse=True)
+def own_network() -> Iterator[None]:
+    """A test that connects leaves the interface that it used in the environment: not to other modules."""
+    yield
+    for name in ("GLOO_SOCKET_IFNAME", "NCCL_SOCKET_IFNAME"):
+        os.environ.pop(name, None)
+
+
 @pytest.fixture(scope="session")
 def tiny_tokenizer(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Folder of a fast BERT tokenizer of about 230 tokens (pad 0, unk 1, cls 2, sep 3, mask 4)."""

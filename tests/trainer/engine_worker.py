@@ -20,7 +20,7 @@ from torch import Tensor
 from transformers import BertConfig, BertModel
 
 from configs.student_schema import OptimizerConfig, Projection
-from trainer import engine, meeting, world
+from trainer import engine, exits, meeting, world
 from trainer.capture import enable_capture
 from trainer.engine import Engine
 from trainer.layout import Layout
@@ -179,3 +179,4 @@ def main() -> None:
 
 if __name__ == "__main__":
     main()
+    exits.leave(exits.DONE)

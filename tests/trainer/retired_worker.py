@@ -17,7 +17,7 @@ import torch
 import torch.distributed as dist
 
 from tests.trainer.test_loop import Heard, configured, make_run
-from trainer import engine, meeting, world
+from trainer import engine, exits, meeting, world
 from trainer.checkpoint import Progress
 from trainer.engine import EngineState
 from trainer.interruption import Interruption
@@ -142,3 +142,4 @@ def main() -> None:
 
 if __name__ == "__main__":
     main()
+    exits.leave(exits.DONE)

@@ -13,7 +13,7 @@ import torch
 
 from configs.schema import Placement, Precision, TeacherConfig
 from tests.trainer.tiny import rows
-from trainer import engine, meeting, world
+from trainer import engine, exits, meeting, world
 from trainer.capture import Captured, Need
 from trainer.layout import Layout
 from trainer.models import Inputs, attention_mask
@@ -89,3 +89,4 @@ def main() -> None:
 
 if __name__ == "__main__":
     main()
+    exits.leave(exits.DONE)
