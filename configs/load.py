@@ -18,9 +18,11 @@ from omegaconf.errors import OmegaConfBaseException
 from configs.corpus_schema import CorpusConfig
 from configs.public import public_values
 from configs.schema import RunConfig
+from configs.task import check_task
+from configs.task_schema import TaskConfig
 from configs.validate import check_corpus, check_run
 
-Config = TypeVar("Config", RunConfig, CorpusConfig)
+Config = TypeVar("Config", RunConfig, CorpusConfig, TaskConfig)
 
 
 class ConfigError(ValueError):
@@ -36,7 +38,7 @@ def load_config(schema: type[Config], path: str | Path | None, overrides: Sequen
     """Return the resolved config: the schema's defaults, then the YAML at ``path``, then ``key=value``.
 
     Args:
-        schema: ``RunConfig`` or ``CorpusConfig``.
+        schema: ``RunConfig``, ``CorpusConfig`` or ``TaskConfig``.
         path: YAML file, or None for defaults and overrides alone.
         overrides: ``section.key=value``, the value read as YAML; list items by index,
             ``students.0.optimizer.lr=3e-4``.
@@ -69,10 +71,16 @@ def from_dict(schema: type[Config], tree: Any, problems: Sequence[str] = ()) -> 
     if problems:
         raise ConfigError(problems)
     config: Config = OmegaConf.to_object(OmegaConf.merge(_structured(schema), tree))  # type: ignore[assignment]
-    problems = check_run(config) if isinstance(config, RunConfig) else check_corpus(config)
+    problems = _check(config)
     if problems:
         raise ConfigError(problems)
     return config
+
+
+def _check(config: RunConfig | CorpusConfig | TaskConfig) -> list[str]:
+    if isinstance(config, TaskConfig):
+        return check_task(config)
+    return check_run(config) if isinstance(config, RunConfig) else check_corpus(config)
 
 
 def to_dict(config: Any) -> dict[str, Any]:

@@ -59,7 +59,12 @@ class LossConfig:
     prediction: float = 0.0
     """Weight of the divergence of the masked-language-model predictions; needs a teacher with that head."""
     temperature: float = 1.0
-    """Of the predictions of both models."""
+    """Of the predictions, and of the task's logits, of both models."""
+    logits: float = 0.0
+    """Weight of L_pred, the cross entropy of the student's task predictions against the teacher's (squared
+    error where the task is regression). Needs a corpus of a task and a teacher fine-tuned on it."""
+    labels: float = 0.0
+    """Weight of the same against the task's labels."""
     layers: list[float] | None = None
     """lambda_m for the student's layers 1..M; all 1 when not set."""
     attention_heads: int | None = None

@@ -19,6 +19,7 @@ HOMES = {
         "configs/schema.py",
         "configs/student_schema.py",
         "configs/corpus_schema.py",
+        "configs/task_schema.py",
         "configs/load.py",
     },
 }
