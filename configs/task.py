@@ -1,4 +1,4 @@
-"""Task distillation's stages: what is wrong with a ``TaskConfig``, and the ``RunConfig`` of each stage. Pure."""
+"""Task distillation's stages: what is wrong with a ``TaskConfig``, and the ``RunConfig`` of each stage."""
 
 from configs.task_schema import TaskConfig
 

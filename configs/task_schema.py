@@ -150,8 +150,8 @@ class TaskConfig:
     """Task distillation of one task."""
 
     task: str = MISSING
-    """``cola``, ``mnli``, ``mrpc``, ``qnli``, ``qqp``, ``rte``, ``sst2``, ``stsb``, ``wnli``, ``squad``, or the
-    name of a task of your own, which then needs ``kind``, ``source.columns`` and, to classify, ``labels``."""
+    """``cola``, ``mnli``, ``mrpc``, ``qnli``, ``qqp``, ``rte``, ``sst2``, ``stsb``, ``wnli``, ``squad``, or
+    one of your own, which then needs ``kind``, ``source.columns`` and, to classify, ``labels``."""
     output: str = MISSING
     """Folder of all stages."""
     source: TaskSourceConfig = field(default_factory=TaskSourceConfig)

@@ -18,6 +18,7 @@ def test_what_may_heal_is_to_be_tried_again():
 
 
 def test_a_process_that_leaves_runs_what_is_registered_and_says_what_it_has_printed():
-    script = "import atexit; from trainer import exits; atexit.register(print, 'end'); print('done'); exits.leave(75)"
+    script = "import atexit; from trainer import exits; atexit.register(print, 'end'); "
+    script += "print('done'); exits.leave(75)"
     done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True)
     assert (done.returncode, done.stdout) == (exits.STOPPED, "done\nend\n")
