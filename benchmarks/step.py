@@ -65,7 +65,7 @@ def make_batch(rows: int, seq_len: int) -> Batch:
     """Rows of random ids without padding."""
     ids_BS = torch.randint(1000, VOCABULARY, (rows, seq_len), generator=torch.Generator().manual_seed(0))
     length_B, zero_B = torch.full((rows,), seq_len), torch.zeros(rows, dtype=torch.int64)
-    return Batch(rows, ids_BS, length_B, length_B, zero_B, zero_B)
+    return Batch(rows, ids_BS, length_B, length_B, zero_B, zero_B, zero_B)
 
 
 class Ours:

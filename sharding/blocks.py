@@ -317,6 +317,19 @@ def read_lengths(store: Store, shard: Shard, block: Block) -> NDArray[np.integer
     return _checked_array(store, shard, f"{block.name}.len.npy", block.len, memoryview(content))
 
 
+def read_labels(store: Store, shard: Shard, block: Block) -> NDArray[np.float32]:
+    """The labels [n, K] of one block of a task's corpus, nothing else. Raises as ``read_block``."""
+    assert block.lab is not None
+    content = _read(store, shard, block.lab.offset, block.lab.bytes)
+    return parse_labels(store, shard, block, content)
+
+
+def parse_labels(store: Store, shard: Shard, block: Block, content: bytes) -> NDArray[np.float32]:
+    """The labels in ``content``, that member of the shard. Raises: CorpusError naming shard, member, offset."""
+    assert block.lab is not None
+    return _checked_array(store, shard, f"{block.name}.lab.npy", block.lab, memoryview(content))
+
+
 def _read(
     store: Store, shard: Shard, offset: int, count: int, check: Callable[[bytes], object] = len
 ) -> bytes:
@@ -329,7 +342,7 @@ def _read(
 
 def _checked_array(
     store: Store, shard: Shard, name: str, member: Member, content: memoryview
-) -> NDArray[np.integer]:
+) -> NDArray[Any]:
     if len(content) != member.bytes or zlib.crc32(content) != member.crc32:
         raise CorpusError(
             f"corrupt shard {store.location}/{shard.path}: member {name} ({member.bytes} bytes at offset "

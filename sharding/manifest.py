@@ -21,7 +21,9 @@ from sharding.store import Store, StoreError
 
 MANIFEST_NAME = "manifest.json"
 FORMAT_VERSION = 2
-_PATH = re.compile(r"(?:train|heldout)/\d{5,}\.tar")
+_PATH = re.compile(r"(?:train|heldout(?:-[a-z0-9-]+)?)/\d{5,}\.tar")
+KINDS = ("ids", "len", "seg", "lab")
+"""Of a block's members, in the order in which they lie in the tar; ``lab`` in task corpora alone."""
 _SHA256 = re.compile(r"[0-9a-f]{64}")
 
 
@@ -38,7 +40,7 @@ class Member(NamedTuple):
 
 
 class Block(NamedTuple):
-    """Rows that are stored, read and checked together: adjacent members ``<name>.{ids,len,seg}.npy``."""
+    """Rows that are stored, read and checked together: adjacent members ``<name>.KIND.npy``, see KINDS."""
 
     name: str
     rows: int
@@ -46,6 +48,8 @@ class Block(NamedTuple):
     ids: Member
     len: Member
     seg: Member
+    lab: Member | None
+    """Labels; None in a corpus without."""
 
 
 @dataclass(frozen=True)
@@ -74,14 +78,20 @@ class Shard:
     ids: Members
     len: Members
     seg: Members
+    lab: Members | None = None
+    """Labels, in a task's corpus."""
 
     def block(self, number: int) -> Block:
         """The block with this number in the shard, counted from 0."""
-        ids, len_, seg = (
-            Member(members.offset[number], members.bytes[number], members.crc32[number])
-            for members in (self.ids, self.len, self.seg)
+        ids, len_, seg, lab = (
+            None
+            if members is None
+            else Member(members.offset[number], members.bytes[number], members.crc32[number])
+            for members in (self.ids, self.len, self.seg, self.lab)
         )
-        return Block(block_name(self.path, number), self.rows[number], self.tokens[number], ids, len_, seg)
+        assert ids and len_ and seg
+        name = block_name(self.path, number)
+        return Block(name, self.rows[number], self.tokens[number], ids, len_, seg, lab)
 
     @property
     def blocks(self) -> tuple[Block, ...]:
@@ -156,6 +166,20 @@ class LeftOut:
 
 
 @dataclass(frozen=True)
+class TaskInfo:
+    """What the labels of a task's corpus mean."""
+
+    name: str
+    kind: str
+    """``classification`` (labels [n, 1]: index of the class), ``regression`` ([n, 1]: the value) or ``spans``
+    ([n, 2]: first and last token of the answer in the row, both 0 where it does not hold it)."""
+    labels: tuple[str, ...]
+    """Names of the classes in the order of their indices; empty unless it is classification."""
+    metrics: tuple[str, ...]
+    """Names, as ``trainer.metrics`` knows them; the first is the task's score."""
+
+
+@dataclass(frozen=True)
 class Manifest:
     """All of ``manifest.json`` but the fingerprint. No dates, hosts, absolute paths or process counts."""
 
@@ -172,15 +196,17 @@ class Manifest:
     """None unless near duplicates were left out."""
     left_out: LeftOut
     splits: dict[str, Split]
+    task: TaskInfo | None = None
+    """Of a task's corpus."""
 
     @property
     def fingerprint(self) -> str:
         """SHA-256 (hex) of the canonical JSON."""
-        return _sha256(_canonical(asdict(self)))
+        return _sha256(_canonical(_fields(self)))
 
     def to_json(self) -> str:
         """The text of ``manifest.json``: the canonical JSON, with the fingerprint put in front."""
-        canonical = _canonical(asdict(self))
+        canonical = _canonical(_fields(self))
         return _head(_sha256(canonical)) + canonical[1:] + "\n"
 
 
@@ -195,10 +221,15 @@ class Corpus:
     def split(self, name: str) -> Split:
         """The split ``train`` or ``heldout``; CorpusError when the corpus has no such split."""
         if name not in self.manifest.splits:
+            way_out = (
+                "a task's splits are the files of its source"
+                if self.manifest.task
+                else f"it was built with heldout_share={self.manifest.heldout_share}: build it with a larger "
+                "share"
+            )
             raise CorpusError(
                 f"corpus {self.store.location} has no split {name!r}, only "
-                f"{', '.join(sorted(self.manifest.splits))}; it was built with heldout_share="
-                f"{self.manifest.heldout_share}: build it with a larger share"
+                f"{', '.join(sorted(self.manifest.splits))}; {way_out}"
             )
         return self.manifest.splits[name]
 
@@ -274,6 +305,15 @@ def size_problems(corpus: Corpus) -> list[str]:
     return problems
 
 
+def _fields(manifest: Manifest) -> dict[str, Any]:
+    """As JSON says it. What only task corpora have is left out of others: their fingerprints are older."""
+
+    def present(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+        return {key: value for key, value in pairs if value is not None or key not in ("lab", "task")}
+
+    return asdict(manifest, dict_factory=present)
+
+
 def _canonical(fields: dict[str, Any]) -> str:
     return json.dumps(fields, sort_keys=True, separators=(",", ":"), ensure_ascii=True)
 
@@ -294,9 +334,11 @@ def _manifest_from(fields: dict[str, Any]) -> Manifest:
     }
     source = SourceInfo(**{**fields["source"], "names": tuple(fields["source"]["names"])})
     tokenizer, left_out = TokenizerInfo(**fields["tokenizer"]), LeftOut(**fields["left_out"])
-    return Manifest(
-        **{**fields, "splits": splits, "source": source, "tokenizer": tokenizer, "left_out": left_out}
-    )
+    typed = {"splits": splits, "source": source, "tokenizer": tokenizer, "left_out": left_out}
+    if task := fields.get("task"):
+        lists = {key: tuple(task[key]) for key in ("labels", "metrics")}
+        typed["task"] = TaskInfo(**{**task, **lists})
+    return Manifest(**{**fields, **typed})
 
 
 def shard_from(fields: dict[str, Any]) -> Shard:
@@ -314,6 +356,7 @@ def shard_from(fields: dict[str, Any]) -> Shard:
     columns = {name: tuple(fields[name]) for name in ("rows", "tokens")}
     members = {
         kind: Members(**{name: tuple(column) for name, column in fields[kind].items()})
-        for kind in ("ids", "len", "seg")
+        for kind in KINDS
+        if fields.get(kind)
     }
     return Shard(**{**fields, **columns, **members})

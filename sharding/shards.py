@@ -4,7 +4,7 @@ import hashlib
 import io
 import tarfile
 import zlib
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import BinaryIO, cast
 
@@ -12,7 +12,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from sharding.files import new_file
-from sharding.manifest import Members, Shard, block_name
+from sharding.manifest import KINDS, Members, Shard, block_name
 from sharding.packing import Rows
 
 TAR_BLOCK_BYTES = 512
@@ -33,21 +33,26 @@ class _HashingFile:
         return self.file.write(data)
 
 
-def write_shard(root: Path, path: str, blocks: Iterable[Rows]) -> Shard:
-    """Write blocks to ``<root>/<path>``, whole or not at all. The bytes depend on the rows and the file's
-    name alone: no times, owners or modes from outside. Raises OSError when the disk does."""
+def write_shard(
+    root: Path, path: str, blocks: Iterable[Rows], labels: Iterable[NDArray[np.float32]] | None = None
+) -> Shard:
+    """Write blocks, each with its labels [n, K] where there are any, to ``<root>/<path>``, whole or not at
+    all. The bytes depend on the rows, the labels and the file's name alone: no times, owners or modes from
+    outside. Raises OSError when the disk does."""
     rows: list[int] = []
     tokens: list[int] = []
-    members: dict[str, list[tuple[int, int, int]]] = {"ids": [], "len": [], "seg": []}
+    members: dict[str, list[tuple[int, int, int]]] = {}
     end = 0  # bytes so far
     with new_file(root / path) as file:
         hashing = _HashingFile(file)
         with tarfile.open(fileobj=cast(BinaryIO, hashing), mode="w|", format=tarfile.USTAR_FORMAT) as tar:
-            for number, block in enumerate(blocks):
-                contents = {"ids": block.ids, "len": block.lengths, "seg": block.segments}
-                for kind, array in contents.items():
+            for number, (block, lab) in enumerate(_labelled(blocks, labels)):
+                arrays = (block.ids, block.lengths, block.segments, lab)
+                for kind, array in zip(KINDS, arrays, strict=True):
+                    if array is None:
+                        continue
                     data = _npy_bytes(array)
-                    members[kind].append((end + TAR_BLOCK_BYTES, len(data), zlib.crc32(data)))
+                    members.setdefault(kind, []).append((end + TAR_BLOCK_BYTES, len(data), zlib.crc32(data)))
                     end += TAR_BLOCK_BYTES + _padded(len(data), TAR_BLOCK_BYTES)
                     member = tarfile.TarInfo(f"{block_name(path, number)}.{kind}.npy")  # time 0, no owner
                     member.size, member.mode = len(data), 0o444
@@ -63,6 +68,14 @@ def write_shard(root: Path, path: str, blocks: Iterable[Rows]) -> Shard:
         tokens=tuple(tokens),
         **{kind: Members(*zip(*places, strict=True)) for kind, places in members.items()},
     )
+
+
+def _labelled(
+    blocks: Iterable[Rows], labels: Iterable[NDArray[np.float32]] | None
+) -> Iterator[tuple[Rows, NDArray[np.float32] | None]]:
+    if labels is None:
+        return ((block, None) for block in blocks)
+    return zip(blocks, labels, strict=True)
 
 
 def shard_bytes(rows: int, block_rows: int, seq_len: int, id_bytes: int) -> int:
@@ -92,7 +105,7 @@ def _block_bytes(rows: int, seq_len: int, id_bytes: int) -> int:
     return sum(TAR_BLOCK_BYTES + _padded(header + size, TAR_BLOCK_BYTES) for size in arrays)
 
 
-def _npy_bytes(array: NDArray[np.integer]) -> bytes:
+def _npy_bytes(array: NDArray[np.generic]) -> bytes:
     buffer = io.BytesIO()
     np.save(buffer, array, allow_pickle=False)
     return buffer.getvalue()

@@ -52,6 +52,8 @@ class Batch:
     """int64 [B]: which of the run's corpora the row is from."""
     block_B: Tensor
     """int64 [B]: the block of the corpus's split that the row is from."""
+    row_B: Tensor
+    """int64 [B]: index of the row within that split, as stored; ``sharding.labels`` knows its label."""
     damage: tuple[Damage, ...] = ()
     """Under quarantine: damaged blocks that this batch needed and that were not known before."""
 
@@ -69,7 +71,7 @@ class Batch:
         return replace(self, length_B=length_B, segment_B=segment_B)
 
 
-TENSORS = ("ids_BS", "length_B", "segment_B", "corpus_B", "block_B")
+TENSORS = ("ids_BS", "length_B", "segment_B", "corpus_B", "block_B", "row_B")
 SEQUENTIAL_AHEAD = 8  # blocks that are fetched ahead in stored order
 
 
@@ -82,17 +84,17 @@ class _Packed:
     ids: NDArray[np.integer]
     """uint16 or uint32 [B, S]."""
     others: NDArray[np.int64]
-    """[4, B]: lengths, segments, corpora, blocks."""
+    """[5, B]: lengths, segments, corpora, blocks, rows of the split."""
     damage: tuple[Damage, ...] = ()
 
     @classmethod
     def empty(cls, position: int, rows: int, reader: Reader) -> "_Packed":
-        return cls(position, np.empty((rows, reader.seq_len), reader.dtype), np.empty((4, rows), np.int64))
+        return cls(position, np.empty((rows, reader.seq_len), reader.dtype), np.empty((5, rows), np.int64))
 
     def batch(self) -> Batch:
         ids_BS = torch.from_numpy(self.ids.astype(np.int64))
-        length_B, segment_B, corpus_B, block_B = torch.from_numpy(self.others)
-        return Batch(self.position, ids_BS, length_B, segment_B, corpus_B, block_B, self.damage)
+        length_B, segment_B, corpus_B, block_B, row_B = torch.from_numpy(self.others)
+        return Batch(self.position, ids_BS, length_B, segment_B, corpus_B, block_B, row_B, self.damage)
 
     def pin_memory(self) -> Batch:
         """What the DataLoader calls, in a thread of its own."""
@@ -105,6 +107,7 @@ class _Rows:
     def __init__(self, reader: Reader, number: int, pad_id: int, quarantined: set[int] | None) -> None:
         self.reader, self.number, self.pad_id = reader, number, pad_id
         self.quarantined = quarantined  # None: damage is an error
+        self.first_rows = np.cumsum([0, *reader.split.block_rows])  # of each block, in the split
 
     def gather(
         self,
@@ -117,8 +120,9 @@ class _Rows:
 
         Raises: DamagedBlock, unless damaged blocks are to be masked.
         """
-        ids, (lengths, segments, corpora, blocks) = into.ids, into.others
+        ids, (lengths, segments, corpora, blocks, split_rows) = into.ids, into.others
         corpora[slots], blocks[slots] = self.number, block_index
+        split_rows[slots] = self.first_rows[block_index] + row_in_block
         found: list[Damage] = []
         while True:
             sound: slice | NDArray[np.bool_] = slice(None)
@@ -294,7 +298,7 @@ def sequential(
         )
     reader = Reader(corpus, split, 2, node_cache)
     stored_rows = _Rows(reader, 0, corpus.manifest.tokenizer.pad_id, set() if mask_damaged else None)
-    starts = np.cumsum([0, *reader.split.block_rows])
+    starts = stored_rows.first_rows
     total = min(rows, int(starts[-1]))
     for first in range(rank * batch_rows, total, world_size * batch_rows):
         stored = np.arange(first, min(first + batch_rows, total))

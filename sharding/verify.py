@@ -5,13 +5,25 @@ import hashlib
 import os
 import tarfile
 from collections.abc import Iterator, Sequence
+from dataclasses import replace
 from functools import partial
 
 import numpy as np
+from numpy.typing import NDArray
 from tqdm import tqdm
 
-from sharding.blocks import Rows, parse_block
-from sharding.manifest import Block, Corpus, CorpusError, Shard, TokenizerInfo, size_problems
+from sharding.blocks import Rows, parse_block, parse_labels
+from sharding.manifest import (
+    KINDS,
+    Block,
+    Corpus,
+    CorpusError,
+    Manifest,
+    Shard,
+    TaskInfo,
+    TokenizerInfo,
+    size_problems,
+)
 from sharding.store import Store
 from sharding.tokens import id_dtype
 from sharding.workers import in_workers
@@ -25,7 +37,8 @@ def verify(corpus: Corpus, *, progress: bool = False, workers: int | None = None
 
     Checked are size and SHA-256 of every shard, name, place and size of every member in its tar header, the
     zeros that end the archive, the CRC-32 of every member, and of every row the range of its ids, its length,
-    its special tokens and its padding; then the manifest's sums. The problems stand in the manifest's order.
+    its special tokens, its padding and its label; then the manifest's sums. The problems stand in the
+    manifest's order.
 
     Args:
         progress: show a bar of bytes on stderr.
@@ -56,15 +69,13 @@ def verify(corpus: Corpus, *, progress: bool = False, workers: int | None = None
 
 def _check(corpus: Corpus, shards: Sequence[Shard], workers: int) -> Iterator[tuple[int, list[str]]]:
     """The number of each shard and what is wrong with it, as they are ready."""
-    # Not the corpus: it would travel to the workers, all its blocks, with every shard.
-    check = partial(_shard_problems, corpus.store, corpus.manifest.tokenizer, corpus.manifest.seq_len)
+    # Without the splits: all blocks would travel to the workers with every shard.
+    check = partial(_shard_problems, corpus.store, replace(corpus.manifest, splits={}))
     # Processes: the many small steps of a block keep threads waiting for each other (1.1x with two).
     return map(check, enumerate(shards)) if workers == 1 else in_workers(check, enumerate(shards), workers)
 
 
-def _shard_problems(
-    store: Store, tokenizer: TokenizerInfo, seq_len: int, numbered: tuple[int, Shard]
-) -> tuple[int, list[str]]:
+def _shard_problems(store: Store, manifest: Manifest, numbered: tuple[int, Shard]) -> tuple[int, list[str]]:
     """What is wrong with the contents of one shard, which is read whole; with its number."""
     number, shard = numbered
     path = f"{store.location}/{shard.path}"
@@ -82,10 +93,14 @@ def _shard_problems(
         try:
             end = block.seg.offset + block.seg.bytes
             rows = parse_block(store, shard, block, content[block.ids.offset : end])
+            labels = block.lab and parse_labels(
+                store, shard, block, content[block.lab.offset : block.lab.offset + block.lab.bytes]
+            )
         except CorpusError as error:
             problems.append(str(error))
             continue
-        wrong = _row_problems(tokenizer, seq_len, rows, block)
+        wrong = _row_problems(manifest.tokenizer, manifest.seq_len, rows, block)
+        wrong += _label_problems(manifest.task, labels, rows[1])
         problems += [f"{path}: block {block.name}: {problem}" for problem in wrong]
     return number, problems
 
@@ -94,7 +109,9 @@ def _archive_problems(shard: Shard, content: bytes) -> Iterator[str]:
     """Where the tar archive is not exactly the members that the manifest lists, one after the other."""
     position = 0
     for block in shard.blocks:
-        for kind, member in (("ids", block.ids), ("len", block.len), ("seg", block.seg)):
+        for kind, member in zip(KINDS, (block.ids, block.len, block.seg, block.lab), strict=True):
+            if member is None:
+                continue
             name = f"{block.name}.{kind}.npy"
             if member.offset != position + tarfile.BLOCKSIZE:
                 yield f"member {name}: data at offset {position + tarfile.BLOCKSIZE}, not {member.offset}"
@@ -128,6 +145,7 @@ def _row_problems(tokenizer: TokenizerInfo, seq_len: int, rows: Rows, block: Blo
     lengths, segments = lengths.astype(np.int64), segments.astype(np.int64)
     if lengths.min() < 3 or lengths.max() > seq_len:
         return [f"row lengths from {lengths.min()} to {lengths.max()}, outside 3 .. {seq_len}"]
+    first_b = 2 if block.lab else 3  # in a task's corpus one text of a pair may be empty
     row = np.arange(block.rows)
     second = segments < lengths
     # Before anything that makes an array of all ids: nearly all rows are right, and these are cheap.
@@ -143,7 +161,7 @@ def _row_problems(tokenizer: TokenizerInfo, seq_len: int, rows: Rows, block: Blo
         "no [CLS] at the start": ids[:, 0] != tokenizer.cls_id,
         "no [SEP] at the end": ids[row, lengths - 1] != tokenizer.sep_id,
         "padding that is not the pad id": padding_broken,
-        "a segment B that begins outside the row": (segments < 3) | (segments > lengths),
+        "a segment B that begins outside the row": (segments < first_b) | (segments > lengths),
         "a segment B that no [SEP] precedes": second
         & (ids[row, np.clip(segments - 1, 0, None)] != tokenizer.sep_id),
     }
@@ -151,3 +169,22 @@ def _row_problems(tokenizer: TokenizerInfo, seq_len: int, rows: Rows, block: Blo
     if int(lengths.sum()) != block.tokens:
         problems.append(f"{int(lengths.sum())} tokens, the manifest says {block.tokens}")
     return problems
+
+
+def _label_problems(
+    task: TaskInfo | None, labels: NDArray[np.float32] | None, lengths: NDArray[np.integer]
+) -> list[str]:
+    """What is wrong with the labels [n, K] of rows of these lengths [n]."""
+    if task is None or labels is None:
+        return [] if task is labels is None else ["labels without a task, or a task without labels"]
+    columns = 2 if task.kind == "spans" else 1
+    if labels.shape != (len(lengths), columns) or labels.dtype != np.float32:
+        return [f"labels of {labels.shape} of {labels.dtype}, not {(len(lengths), columns)} of float32"]
+    if task.kind == "classification":
+        wrong = ~np.isin(labels[:, 0], np.arange(len(task.labels)))
+    elif task.kind == "regression":
+        wrong = ~np.isfinite(labels[:, 0])
+    else:
+        first, last = labels.T
+        wrong = (labels % 1 != 0).any(axis=1) | (first < 0) | (first > last) | (last >= lengths)
+    return [f"{int(wrong.sum())} rows have labels that are none of {task.kind}"] if wrong.any() else []

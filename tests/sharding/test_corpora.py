@@ -75,7 +75,7 @@ def read(corpora: Corpora, steps: range, batch: int, world_size: int = 1, worker
             parts[0].position,
             *(
                 torch.cat([getattr(part, name) for part in parts])
-                for name in ("ids_BS", "length_B", "segment_B", "corpus_B", "block_B")
+                for name in ("ids_BS", "length_B", "segment_B", "corpus_B", "block_B", "row_B")
             ),
         )
         for parts in zip(*ranks, strict=True)

@@ -133,7 +133,7 @@ def test_a_step_is_split_into_its_parts(meter, monkeypatch):
         nonlocal now
         for position in (1, 2, 3):
             now += 2.0
-            yield Batch(position, *(tensor([1]),) * 5)
+            yield Batch(position, *(tensor([1]),) * 6)
 
     def steps(batches, slower=1.0):
         nonlocal now
@@ -181,7 +181,7 @@ def test_the_time_that_saving_takes_is_no_part_of_a_step(meter, monkeypatch):
 
     def step() -> dict[str, float]:
         nonlocal now
-        for _ in meter.timed([Batch(1, *(tensor([1]),) * 5)]):
+        for _ in meter.timed([Batch(1, *(tensor([1]),) * 6)]):
             now += 5.0
             meter.add(rows=10, tokens=50)
         return meter.report(rows_left=0, world=ALONE)

@@ -278,6 +278,7 @@ def test_inputs_of_a_batch_by_hand():
         segment_B=torch.tensor([3, 3, 4, 0]),
         corpus_B=torch.tensor([0, 0, 0, 0]),
         block_B=torch.tensor([0, 0, 1, 1]),
+        row_B=torch.arange(4),
     )
     inputs = Inputs.of(batch, slice(0, 2), CPU)
     assert inputs.ids_BS.tolist() == [[2, 9, 3, 0, 0], [2, 9, 3, 8, 3]]

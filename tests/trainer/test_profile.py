@@ -20,7 +20,7 @@ ALONE = World(0, 1, 0, 1, torch.device("cpu"))
 def steps(meter: SpeedMeter, profile: Profile, count: int) -> None:
     """Steps with a teacher that multiplies matrices."""
     a = torch.ones(64, 64)
-    for _ in meter.timed([Batch(1, *(tensor([1]),) * 5)] * count):
+    for _ in meter.timed([Batch(1, *(tensor([1]),) * 6)] * count):
         with meter.clock.part("teacher"):
             for _ in range(10):
                 a @ a

@@ -23,7 +23,9 @@ def batch(*damage: Damage) -> Batch:
     """Four rows of length 5: corpus 0 block 1, corpus 0 block 2, corpus 1 block 1, corpus 0 block 1."""
     length_B = torch.full((4,), 5)
     corpus_B, block_B = torch.tensor([0, 0, 1, 0]), torch.tensor([1, 2, 1, 1])
-    return Batch(4, torch.ones(4, 8, dtype=torch.int64), length_B, length_B, corpus_B, block_B, damage)
+    return Batch(
+        4, torch.ones(4, 8, dtype=torch.int64), length_B, length_B, corpus_B, block_B, block_B, damage
+    )
 
 
 @pytest.fixture
