@@ -325,7 +325,7 @@ def read_labels(store: Store, shard: Shard, block: Block) -> NDArray[np.float32]
 
 
 def parse_labels(store: Store, shard: Shard, block: Block, content: bytes) -> NDArray[np.float32]:
-    """The labels in ``content``, that member of the shard. Raises: CorpusError naming shard, member, offset."""
+    """The labels in ``content``, that member of the shard. Raises: CorpusError naming shard and member."""
     assert block.lab is not None
     return _checked_array(store, shard, f"{block.name}.lab.npy", block.lab, memoryview(content))
 

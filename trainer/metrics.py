@@ -1,0 +1,93 @@
+"""Metrics of a task: what its predictions are worth, by torchmetrics.
+
+Letters: n rows, C classes, S sequence length.
+"""
+
+import numpy as np
+import torch
+import torchmetrics.functional as metrics
+import torchmetrics.functional.classification as classification
+from numpy.typing import NDArray
+from torch import Tensor
+
+from sharding.manifest import TaskInfo
+
+METRICS = {
+    "classification": ("accuracy", "f1", "matthews"),
+    "regression": ("pearson", "spearman"),
+    "spans": ("exact",),
+}
+"""What each kind of task can be judged by."""
+
+
+def score(task: TaskInfo, logits: NDArray[np.float32], labels: NDArray[np.float32]) -> dict[str, float]:
+    """The metrics of ``task.metrics``, in this order: the first is the task's score. All are at most 1.
+
+    Args:
+        logits: a model's outputs: classification [n, C], regression [n, 1], spans [n, S, 2] (for being the
+            first and the last token of the answer).
+        labels: [n, K] as the task's corpus holds them.
+
+    ``accuracy``; ``f1`` of class 1 of two; ``matthews`` correlation coefficient; ``pearson`` and
+    ``spearman`` correlation; ``exact``: share of rows whose first and last token are both right. What is not
+    defined (correlation with a constant, F1 without positives) is 0.
+
+    Raises: ValueError for a metric that the kind of task does not have, and arrays that do not fit.
+    """
+    _check(task, logits, labels)
+    target = torch.from_numpy(np.ascontiguousarray(labels))
+    outputs = torch.from_numpy(np.ascontiguousarray(logits)).float()
+    if task.kind == "regression":
+        return {name: _value(task, name, outputs[:, 0], target[:, 0]) for name in task.metrics}
+    if task.kind == "spans":
+        right = (outputs.argmax(dim=1) == target.long()).all(dim=1)
+        return {"exact": float(right.double().mean())}
+    predicted = outputs.argmax(dim=1)
+    return {name: _value(task, name, predicted, target[:, 0].long()) for name in task.metrics}
+
+
+def chance(task: TaskInfo, labels: NDArray[np.float32]) -> float:
+    """The score of the best constant prediction for rows with these labels [n, K]: what any model must beat.
+
+    For spans that of "not in this row", the best one in practice.
+    """
+    if task.kind == "regression":
+        return 0.0
+    if task.kind == "spans":
+        return float((labels == 0).all(axis=1).mean())
+    constants = np.eye(len(task.labels), dtype=np.float32)
+    return max(
+        next(iter(score(task, np.tile(logits, (len(labels), 1)), labels).values())) for logits in constants
+    )
+
+
+def _value(task: TaskInfo, name: str, predicted: Tensor, target: Tensor) -> float:
+    """One metric of predictions [n] (classes, or values): NaN, where it is not defined, is 0."""
+    if name in ("pearson", "spearman"):
+        if predicted.unique().numel() == 1 or target.unique().numel() == 1:
+            return 0.0
+        correlation = metrics.pearson_corrcoef if name == "pearson" else metrics.spearman_corrcoef
+        value = correlation(predicted.double(), target.double())
+    elif name == "f1":
+        value = classification.binary_f1_score(predicted, target)
+    elif name == "matthews":
+        value = classification.multiclass_matthews_corrcoef(predicted, target, len(task.labels))
+    else:
+        value = classification.multiclass_accuracy(predicted, target, len(task.labels), average="micro")
+    return float(torch.nan_to_num(value))
+
+
+def _check(task: TaskInfo, logits: NDArray[np.float32], labels: NDArray[np.float32]) -> None:
+    unknown = [name for name in task.metrics if name not in METRICS[task.kind]]
+    if unknown or ("f1" in task.metrics and len(task.labels) != 2):
+        raise ValueError(
+            f"metrics={list(task.metrics)}: task={task.name} ({task.kind}, {len(task.labels)} classes) is "
+            f"judged by {', '.join(METRICS[task.kind])} (f1: of two classes)"
+        )
+    outputs = {"classification": (len(task.labels),), "regression": (1,), "spans": (logits.shape[-2], 2)}
+    columns = 2 if task.kind == "spans" else 1
+    if logits.shape != (len(labels), *outputs[task.kind]) or labels.shape != (len(labels), columns):
+        raise ValueError(
+            f"logits {logits.shape} and labels {labels.shape} do not fit task={task.name}: {task.kind} of "
+            f"{len(task.labels)} classes"
+        )
