@@ -103,7 +103,8 @@ def _label(task: Task, record: Record, column: str, place: str) -> float:
             number = float(value)
             if number < 0 or number % 1:
                 raise ValueError
-            text = task.numbers[int(number)]
+            # A name may be a number, which files of numbers write as 1.0.
+            text = str(int(number)) if str(int(number)) in task.labels else task.numbers[int(number)]
         return float(task.labels.index(text))
     except (ValueError, TypeError, IndexError):
         known = (

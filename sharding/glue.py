@@ -9,6 +9,13 @@ from dataclasses import dataclass, replace
 from configs.task_schema import TaskConfig, TaskKind
 from sharding.manifest import CorpusError, TaskInfo
 
+METRICS = {
+    "classification": ("accuracy", "f1", "matthews"),
+    "regression": ("pearson", "spearman"),
+    "spans": ("exact",),
+}
+"""What each kind of task can be judged by; ``trainer.metrics`` computes it."""
+
 
 @dataclass(frozen=True)
 class Task:
@@ -121,11 +128,16 @@ def task_of(config: TaskConfig) -> Task:
             "leave it out, or give the task a name of its own"
         )
     labels = tuple(config.labels or task.labels)
-    if len(set(labels)) != len(labels) or (task.labels and len(labels) != len(task.labels)):
+    if len(set(labels)) != len(labels) or len(labels) != len(task.labels):
         raise CorpusError(
             f"labels={list(labels)} are not {len(task.labels)} different names: task={config.task} has "
-            f"{', '.join(task.labels)}; give each a name, in the order of the teacher's outputs"
+            f"{', '.join(task.labels) or 'no classes'}; name them in the order of the teacher's outputs"
         )
+    known = METRICS[task.kind.value]
+    if unknown := [name for name in config.metrics or () if name not in known]:
+        raise CorpusError(f"metrics={unknown}: {task.kind.value} is judged by {', '.join(known)}")
+    if len(config.source.columns or ()) > 2:
+        raise CorpusError(f"source.columns={config.source.columns}: a row holds one text or two")
     return replace(
         task,
         labels=labels,
@@ -138,21 +150,24 @@ def task_of(config: TaskConfig) -> Task:
 
 
 def _own(config: TaskConfig) -> Task:
-    missing = [
-        key
-        for key, value in (("kind", config.kind), ("source.columns", config.source.columns))
-        if not value and not (key == "source.columns" and config.kind is TaskKind.spans)
-    ]
-    if config.kind is TaskKind.classification and not config.labels:
-        missing.append("labels")
-    if missing or config.kind is None:
+    spans, classes = config.kind is TaskKind.spans, config.kind is TaskKind.classification
+    needed = {"kind": config.kind, "source.columns": config.source.columns or spans}
+    if classes:
+        needed["labels"] = config.labels
+    missing = [key for key, value in needed.items() if not value]
+    if config.kind is None or missing:
         raise CorpusError(
             f"task={config.task} is none of {', '.join(TASKS)}: a task of your own needs {', '.join(missing)}"
         )
-    if len(config.source.columns or ()) > 2:
-        raise CorpusError(f"source.columns={config.source.columns}: a row holds one text or two")
-    labels = tuple(config.labels or ()) if config.kind is TaskKind.classification else ()
-    metrics = {"classification": "accuracy", "regression": "pearson", "spans": "exact"}[config.kind.value]
-    columns = tuple(config.source.columns or _QUESTION)
-    label = ("answers",) if config.kind is TaskKind.spans else ("label",)
-    return Task(config.task, config.kind, labels, (metrics,), (columns,), label, numbers=labels)
+    labels = tuple(config.labels or ())
+    if labels and not classes:
+        raise CorpusError(f"labels={list(labels)}: kind={config.kind.value} has no classes; leave them out")
+    return Task(
+        config.task,
+        config.kind,
+        labels,
+        metrics=METRICS[config.kind.value][:1],
+        columns=(tuple(config.source.columns or _QUESTION),),
+        label=("answers",) if spans else ("label",),
+        numbers=labels,
+    )

@@ -58,7 +58,8 @@ class Source:
             raise CorpusError(f"source.path={self.config.path} has no split {split}, only {self._names}")
         for name in self.splits[split]:
             if self.datasets is not None:
-                yield from _rows(self.datasets[name], self.task, f"{self.config.path} {name}")
+                with _failures(self.config):
+                    yield from rows_of(self.datasets[name], self.task, f"{self.config.path} {name}")
             else:
                 yield from _file(Path(name), self.task, broken)
 
@@ -103,8 +104,14 @@ def _datasets(config: TaskSourceConfig, task: Task) -> Mapping[Any, Any]:
             )
         glue = config.path in ("glue", "nyu-mll/glue")
         subset = config.subset or (task.name if glue else None)
-        # Streamed: nothing is copied to the cache of ``datasets``.
-        return datasets.load_dataset(config.path, subset, revision=config.revision, streaming=True)
+        return hub_splits(config.path, subset, config.revision)
+
+
+def hub_splits(path: str, subset: str | None, revision: str | None) -> Mapping[Any, Any]:
+    """The splits of a data set by name, streamed: nothing is copied to the cache of ``datasets``."""
+    import datasets
+
+    return datasets.load_dataset(path, subset, revision=revision, streaming=True)
 
 
 @contextlib.contextmanager
@@ -178,7 +185,7 @@ def _choose(available: dict[str, tuple[str, ...]], config: TaskSourceConfig) -> 
     return splits
 
 
-def _rows(rows: Any, task: Task, place: str) -> Iterator[Placed]:
+def rows_of(rows: Any, task: Task, place: str) -> Iterator[Placed]:
     """Of a split of a data set, class numbers by their names where these are the task's."""
     names = {
         column: feature.names
@@ -196,7 +203,7 @@ def _file(path: Path, task: Task, broken: list[str]) -> Iterator[Placed]:
     suffix = _parted(path)[1]
     try:
         if suffix == ".parquet":
-            yield from _parquet(path)
+            yield from _parquet(path, task)
             return
         with open_file(path) as raw:
             lines = content(raw, path.suffix)
@@ -258,14 +265,14 @@ def _csv(path: Path, lines: Any) -> Iterator[Placed]:
         raise CorpusError(f"{path}:{reader.line_num + 1} is not CSV: {error}; repair the line") from error
 
 
-def _parquet(path: Path) -> Iterator[Placed]:
-    from pyarrow import ArrowInvalid, parquet
+def _parquet(path: Path, task: Task) -> Iterator[Placed]:
+    """With ``datasets``, which knows what classes its own files mean by their numbers."""
+    import datasets
 
     try:
-        number = 0
-        for batch in parquet.ParquetFile(path).iter_batches():
-            for record in batch.to_pylist():
-                yield f"{path} row {number}", record
-                number += 1
-    except ArrowInvalid as error:
+        rows = datasets.load_dataset("parquet", data_files={"all": str(path)}, split="all", streaming=True)
+        yield from rows_of(rows, task, str(path))
+    except (GeneratorExit, CorpusError):
+        raise
+    except Exception as error:  # of many kinds
         raise CorpusError(f"{path} is no parquet file, or damaged: {error}; fetch it again") from error

@@ -10,14 +10,8 @@ import torchmetrics.functional.classification as classification
 from numpy.typing import NDArray
 from torch import Tensor
 
+from sharding.glue import METRICS
 from sharding.manifest import TaskInfo
-
-METRICS = {
-    "classification": ("accuracy", "f1", "matthews"),
-    "regression": ("pearson", "spearman"),
-    "spans": ("exact",),
-}
-"""What each kind of task can be judged by."""
 
 
 def score(task: TaskInfo, logits: NDArray[np.float32], labels: NDArray[np.float32]) -> dict[str, float]:
@@ -63,9 +57,10 @@ def chance(task: TaskInfo, labels: NDArray[np.float32]) -> float:
 
 def _value(task: TaskInfo, name: str, predicted: Tensor, target: Tensor) -> float:
     """One metric of predictions [n] (classes, or values): NaN, where it is not defined, is 0."""
+    constant = predicted.unique().numel() == 1 or target.unique().numel() == 1
+    if constant and name in ("pearson", "spearman", "matthews"):
+        return 0.0
     if name in ("pearson", "spearman"):
-        if predicted.unique().numel() == 1 or target.unique().numel() == 1:
-            return 0.0
         correlation = metrics.pearson_corrcoef if name == "pearson" else metrics.spearman_corrcoef
         value = correlation(predicted.double(), target.double())
     elif name == "f1":
