@@ -11,7 +11,7 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-from configs.task_schema import TaskSourceConfig
+from configs.task_schema import TaskKind, TaskSourceConfig
 from sharding.documents import COMPRESSIONS, content, json_record, open_file, utf8
 from sharding.glue import Task
 from sharding.manifest import CorpusError
@@ -211,6 +211,8 @@ def _file(path: Path, task: Task, broken: list[str]) -> Iterator[Placed]:
                 yield from _csv(path, lines)
             elif suffix == ".tsv":
                 yield from _tsv(path, lines, task, broken)
+            elif suffix == ".json" and task.kind is TaskKind.spans:
+                yield from _articles(path, lines)
             else:
                 for place, line in _lines(path, lines):
                     if line.strip():
@@ -263,6 +265,21 @@ def _csv(path: Path, lines: Any) -> Iterator[Placed]:
         raise CorpusError(f"{path} is not UTF-8 behind line {reader.line_num}; convert it first") from error
     except csv.Error as error:
         raise CorpusError(f"{path}:{reader.line_num + 1} is not CSV: {error}; repair the line") from error
+
+
+def _articles(path: Path, lines: Any) -> Iterator[Placed]:
+    """SQuAD's own JSON: articles of paragraphs of questions."""
+    found = json_record(lines.read(), str(path))
+    try:
+        for number, article in enumerate(found["data"]):
+            for paragraph in article["paragraphs"]:
+                for asked in paragraph["qas"]:
+                    yield f"{path} article {number}", {**asked, "context": paragraph["context"]}
+    except (KeyError, TypeError) as error:
+        raise CorpusError(
+            f"{path} is not SQuAD's JSON (data, paragraphs, qas, context): {error!r}; other layouts of "
+            "questions are JSON lines (.jsonl) and parquet"
+        ) from error
 
 
 def _parquet(path: Path, task: Task) -> Iterator[Placed]:

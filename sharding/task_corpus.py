@@ -1,4 +1,4 @@
-"""The stage ``data``: a task's examples as a corpus with labels, one example a row.
+"""The stage ``data``: a task's examples as a corpus with labels, one example a row (of spans: a window).
 
 Letters: n rows, L = seq_len, K columns of labels.
 """
@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 from numpy.typing import NDArray
 
-from configs.task_schema import TaskConfig
+from configs.task_schema import TaskConfig, TaskKind
 from sharding.examples import Example, examples_of
 from sharding.files import install_folder, new_file, new_folder, sync
 from sharding.glue import task_of
@@ -28,6 +28,7 @@ from sharding.manifest import (
 from sharding.packing import Rows
 from sharding.records import Source
 from sharding.shards import write_shard
+from sharding.squad import encode_windows, read_questions, write_windows
 from sharding.tokens import Encoder, id_dtype, load_tokenizer, tokenizer_info
 
 if TYPE_CHECKING:
@@ -58,18 +59,25 @@ def build(config: TaskConfig) -> Manifest:
     splits: dict[str, Split] = {}
     with new_folder(output) as folder:
         for name in source.splits:
-            examples, left_out = examples_of(source, task, name)
-            broken += left_out
-            rows, labels = encode(examples, tokenizer, config.seq_len)
-            cut = int((rows.lengths == config.seq_len).sum())
-            log.info("%s: %d examples, %d of them fill a row or were cut to it", name, len(examples), cut)
+            if task.kind is TaskKind.spans:
+                questions = read_questions(source, name)
+                rows, labels, windows = encode_windows(questions, tokenizer, config.seq_len)
+                if name != "train":
+                    write_windows(folder, name, windows)
+                count = len(questions)
+            else:
+                examples, left_out = examples_of(source, task, name)
+                rows, labels = encode(examples, tokenizer, config.seq_len)
+                count, broken = len(examples), broken + left_out
+            full = int((rows.lengths == config.seq_len).sum())
+            log.info("%s: %d examples in %d rows, %d of them full or cut", name, count, len(labels), full)
             shards = [
                 write_part(
                     folder, f"{name}/{number:05d}.tar", _slice(rows, start), labels[start:][:SHARD_ROWS]
                 )
                 for number, start in enumerate(range(0, len(labels), SHARD_ROWS))
             ]
-            splits[name] = split_of(shards, len(examples))
+            splits[name] = split_of(shards, count)
         manifest = _manifest(config, source, tokenizer, splits, broken)
         _complete(folder, manifest)
     return manifest

@@ -3,15 +3,19 @@
 Letters: n rows, C classes, S sequence length.
 """
 
+from collections.abc import Sequence
+
 import numpy as np
 import torch
 import torchmetrics.functional as metrics
 import torchmetrics.functional.classification as classification
 from numpy.typing import NDArray
 from torch import Tensor
+from torchmetrics.functional.text import squad
 
 from sharding.glue import METRICS
 from sharding.manifest import TaskInfo
+from sharding.squad import Window, answer_texts
 
 
 def score(task: TaskInfo, logits: NDArray[np.float32], labels: NDArray[np.float32]) -> dict[str, float]:
@@ -53,6 +57,24 @@ def chance(task: TaskInfo, labels: NDArray[np.float32]) -> float:
     return max(
         next(iter(score(task, np.tile(logits, (len(labels), 1)), labels).values())) for logits in constants
     )
+
+
+def text_score(windows: Sequence[Window], logits: NDArray[np.float32]) -> dict[str, float]:
+    """SQuAD's own measures, of text: ``exact`` and ``f1``, means over questions of the best match with any of
+    the right answers, articles and punctuation left out. Both are at most 1.
+
+    Args:
+        windows: [n], ``sharding.squad.read_windows``.
+        logits: [n, S, 2], for the rows of the same split in stored order.
+    """
+    found = [{"id": id, "prediction_text": text} for id, text in answer_texts(windows, logits).items()]
+    answers = {window.id: window.answers for window in windows}
+    right = [
+        {"id": id, "answers": {"text": list(texts), "answer_start": [0] * len(texts)}}
+        for id, texts in answers.items()
+    ]
+    values = squad(found, right)  # type: ignore[arg-type]
+    return {"exact": float(values["exact_match"]) / 100, "f1": float(values["f1"]) / 100}
 
 
 def _value(task: TaskInfo, name: str, predicted: Tensor, target: Tensor) -> float:

@@ -32,7 +32,7 @@ def pairs(count: int, seed: int) -> list[tuple[str, str]]:
 
 @pytest.fixture(scope="session")
 def rte_files(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """2,500 training pairs and 70 to evaluate on, in RTE's own layout; the class is that of the line number."""
+    """2,500 training pairs and 70 to evaluate on, in RTE's layout; the line's number decides the class."""
     folder = tmp_path_factory.mktemp("rte")
     for name, count, seed in (("train", 2500, 1), ("dev", 70, 2)):
         lines = ["index\tsentence1\tsentence2\tlabel"]
