@@ -93,6 +93,9 @@ class TeacherConfig:
     offload_folder: str | None = None
     """With ``placement: offload``: a folder on a fast local disk (NVMe) for the partitions, read through the
     page cache; they are gone when the run ends. Not set: host memory."""
+    logits_folder: str | None = None
+    """Where students learn nothing of the teacher but a task's logits: compute these once for all rows and
+    keep them in this folder, which any number of runs can share. Not set: the teacher runs at every step."""
 
 
 @dataclass

@@ -113,14 +113,16 @@ class StageConfig:
     """Rows per forward pass on one rank."""
     augmented: bool = False
     """Train on the augmented corpus."""
-    losses: LossConfig = field(default_factory=LossConfig)
-    """What is learned."""
     optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
     """Optimizer and schedule; it takes the place of the students' own."""
 
 
-def _layers() -> LossConfig:
-    return LossConfig()
+@dataclass
+class HeadStageConfig(StageConfig):
+    """One training stage of models with the task's head."""
+
+    losses: LossConfig = field(default_factory=LossConfig)
+    """What is learned; it takes the place of the students' own."""
 
 
 def _teacher_logits() -> LossConfig:
@@ -131,16 +133,16 @@ def _labels() -> LossConfig:
     return LossConfig(embedding=0.0, hidden=0.0, attention=0.0, labels=1.0)
 
 
-def _fine_tuning() -> StageConfig:
-    return StageConfig(epochs=3.0, losses=_labels(), optimizer=OptimizerConfig(lr=2e-5))
+def _fine_tuning() -> HeadStageConfig:
+    return HeadStageConfig(epochs=3.0, losses=_labels(), optimizer=OptimizerConfig(lr=2e-5))
 
 
 def _intermediate() -> StageConfig:
-    return StageConfig(epochs=20.0, augmented=True, losses=_layers(), optimizer=OptimizerConfig(lr=5e-5))
+    return StageConfig(epochs=20.0, augmented=True, optimizer=OptimizerConfig(lr=5e-5))
 
 
-def _prediction() -> StageConfig:
-    return StageConfig(
+def _prediction() -> HeadStageConfig:
+    return HeadStageConfig(
         epochs=3.0, augmented=True, losses=_teacher_logits(), optimizer=OptimizerConfig(lr=2e-5)
     )
 
@@ -180,11 +182,11 @@ class TaskConfig:
     """Seed of data order, new heads, random students and dropout."""
     augmentation: AugmentationConfig = field(default_factory=AugmentationConfig)
     """Stage ``augment``."""
-    fine_tuning: StageConfig = field(default_factory=_fine_tuning)
+    fine_tuning: HeadStageConfig = field(default_factory=_fine_tuning)
     """Stages ``teacher`` and ``baseline``."""
     intermediate: StageConfig = field(default_factory=_intermediate)
-    """Stage ``intermediate``; published: 20 epochs, batch 32, 5e-5."""
-    prediction: StageConfig = field(default_factory=_prediction)
+    """Stage ``intermediate``, by the students' own ``losses``; published: 20 epochs, batch 32, 5e-5."""
+    prediction: HeadStageConfig = field(default_factory=_prediction)
     """Stage ``prediction``; published: 3 epochs, batch 16 or 32, 1e-5, 2e-5 or 3e-5."""
     start: Start = Start.intermediate
     """What the stage ``prediction`` starts from."""

@@ -265,12 +265,19 @@ def _check_losses(prefix: str, student: StudentConfig) -> list[str]:
         "cosine": losses.cosine,
         "relation.weight": losses.relation.weight,
         "prediction": losses.prediction,
+        "logits": losses.logits,
+        "labels": losses.labels,
     }
     for name, weight in terms.items():
         if not weight >= 0:
             problems.append(f"{prefix}.losses.{name}={weight} must be at least 0")
     if not any(weight > 0 for weight in terms.values()):
         problems.append(f"{prefix}.losses: every weight is 0, so nothing would be learned")
+    if losses.prediction and (losses.logits or losses.labels):
+        problems.append(
+            f"{prefix}.losses.prediction={losses.prediction} needs a masked-language-model head, logits and "
+            "labels a task's, and a student has one; set one of them to 0"
+        )
     if not 0 < losses.temperature < math.inf:
         problems.append(f"{prefix}.losses.temperature={losses.temperature} must be above 0 and finite")
     relation = losses.relation

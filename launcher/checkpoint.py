@@ -109,6 +109,7 @@ def _verify(options: argparse.Namespace) -> int:
 def _consolidate(options: argparse.Namespace) -> int:
     from safetensors.torch import load_file
 
+    from sharding.corpora import open_corpora
     from trainer.encoders import load_teacher_config, load_tokenizer
     from trainer.export import export
     from trainer.models import outline
@@ -125,11 +126,13 @@ def _consolidate(options: argparse.Namespace) -> int:
     if problems := verify(path, [f"{student.name}/{WEIGHTS}" for student in wanted]):
         raise CheckpointError(f"{path} is damaged: {'; '.join(problems)}")
     teacher, tokenizer = load_teacher_config(config.teacher), load_tokenizer(config.teacher)
+    has_task = any(student.losses.logits or student.losses.labels for student in wanted)
+    task = open_corpora(config.data).task if has_task else None
     for student in wanted:
         if reason := run["progress"]["retired"].get(student.name):
             print(f"student {student.name} is retired: {reason}")
         weights = load_file(path / student.name / WEIGHTS)
-        encoder = outline(student, teacher).encoder
+        encoder = outline(student, teacher, task).encoder
         print(export(options.output / student.name, encoder, weights, tokenizer))
     return 0
 

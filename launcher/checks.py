@@ -43,9 +43,9 @@ def check(config: RunConfig, place: World) -> Corpora:
         except ValueError as error:
             problems.append(str(error))
         seq_len = max(corpus.manifest.seq_len for corpus in corpora.corpora)
-        problems += shapes.check_students(config.students, teacher_config, seq_len) or models.check_starts(
-            config.students, teacher_config
-        )
+        problems += shapes.check_students(
+            config.students, teacher_config, seq_len, corpora.task
+        ) or models.check_starts(config.students, teacher_config, corpora.task)
     if problems:
         raise ConfigError(problems)
     assert corpora is not None
@@ -55,7 +55,7 @@ def check(config: RunConfig, place: World) -> Corpora:
 def teacher_memory(config: RunConfig, place: World, corpora: Corpora) -> dict[Placement, Memory]:
     """Return what every placement of the run's teacher takes."""
     shape = encoders.load_teacher_config(config.teacher)
-    need = teacher_need([shapes.transfer(student, shape) for student in config.students])
+    need = teacher_need([shapes.transfer(student, shape, corpora.task) for student in config.students])
     seq_len = max(corpus.manifest.seq_len for corpus in corpora.corpora)
     return memory.placements(config.teacher, shape, need, place, config.train.micro_batch_rows, seq_len)
 

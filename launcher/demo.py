@@ -35,7 +35,7 @@ from configs.student_schema import StudentConfig
 from launcher.reporting import by_kind, duration
 from sharding.manifest import Corpus, open_corpus
 from trainer import encoders, meeting, models, shapes, world
-from trainer.capture import Captured
+from trainer.capture import Captured, Head
 from trainer.evaluation import evaluate
 from trainer.models import Inputs
 from trainer.teacher import load_teacher
@@ -123,7 +123,7 @@ def compare(config: RunConfig) -> tuple[Table, float]:
     untrained, distilled = recorded_losses(Path(config.output) / "evaluations.jsonl")
     teacher_config = encoders.load_teacher_config(config.teacher)
     layered, layered_losses = teacher_layers(config, student, corpus)
-    teacher = encoders.load_whole_teacher(config.teacher, head=False).eval()
+    teacher = encoders.load_whole_teacher(config.teacher, head=Head.none).eval()
     exported = encoders.load_encoder(str(Path(config.output) / "export" / student.name)).eval()
     seq_len = corpus.manifest.seq_len
     teacher_speed, student_speed = rows_per_s([teacher, exported], seq_len)

@@ -104,9 +104,11 @@ def placement_table(
 def deviation_table(config: RunConfig, corpora: Corpora, place: World) -> Table:
     """Return how far the configured teacher is from float32, on the first micro batch of training rows."""
     shape = encoders.load_teacher_config(config.teacher)
-    learned = [shapes.transfer(student, shape) for student in config.students]
+    learned = [shapes.transfer(student, shape, corpora.task) for student in config.students]
     students = [
-        build_student(student, lambda head: encoders.load_whole_teacher(config.teacher, head), shape, 0)
+        build_student(
+            student, lambda head: encoders.load_whole_teacher(config.teacher, head), shape, 0, corpora.task
+        )
         for student in config.students
     ]
     rows = min(config.train.micro_batch_rows, MOST_ROWS)

@@ -29,7 +29,7 @@ from trainer.world import on_main, set_timeouts
 
 log = logging.getLogger("distil")
 
-KINDS = ("embedding", "hidden", "cosine", "attention", "relation", "prediction")
+KINDS = ("embedding", "hidden", "cosine", "attention", "relation", "prediction", "logits", "labels")
 
 
 class Tracked:
@@ -163,6 +163,8 @@ class Reporter:
         deepspeed = f"ZeRO stage {self.config.deepspeed.zero_stage}, {self.config.deepspeed.precision.value}"
         steps = f"{run.total_steps} steps of {train.global_batch_rows} rows"
         log.info("%s on %s, %s", steps, ranks, deepspeed)
+        if run.teacher_score:
+            log.info("the teacher has %s on held-out rows", in_words(run.teacher_score))
         if resumed:
             log.info("resumed at step %d (%d rows consumed)", run.progress.step, run.progress.rows)
         for name, reason in run.progress.retired.items():
@@ -172,6 +174,8 @@ class Reporter:
             log.info("in MLflow: %s", self.tracked.run.url)
             for name in ("config.yaml", "deepspeed.json", "origin.json", "changes.diff"):
                 self.tracked.log_file(self.folder / name)
+            scores = {f"teacher/{name}": value for name, value in run.teacher_score.items()}
+            self.tracked.run.log_metrics(scores, run.progress.step)
 
     def logged(
         self, progress: Progress, speed: Mapping[str, float], students: Mapping[str, dict[str, float]]
@@ -216,6 +220,8 @@ class Reporter:
                 losses["total"],
                 by_kind(figures, "heldout/"),
             )
+            if scores := {key.removeprefix("score/"): losses[key] for key in losses if "score/" in key}:
+                log.info("step %d/%d %s  %s", progress.step, self.run.total_steps, student, in_words(scores))
             entry = {"step": progress.step, "student": student, "losses": losses}
             with (self.folder / "evaluations.jsonl").open("a", encoding="utf-8") as file:
                 file.write(json.dumps(entry) + "\n")
@@ -366,6 +372,11 @@ def by_kind(figures: Mapping[str, float], prefix: str) -> str:
     named = [(found[1], value) for key, value in figures.items() if (found := of_corpus.fullmatch(key))]
     corpora = " ".join(f"{name} {value:.4f}" for name, value in named)
     return " ".join(parts) + (f"; {corpora}" if corpora else "")
+
+
+def in_words(scores: Mapping[str, float]) -> str:
+    """Return ``accuracy 0.9124, f1 0.9321``."""
+    return ", ".join(f"{name} {value:.4f}" for name, value in scores.items())
 
 
 def duration(seconds: float) -> str:

@@ -6,7 +6,7 @@ from dataclasses import dataclass, replace
 
 from configs.schema import CacheConfig, DataConfig
 from sharding.cache import NodeCache
-from sharding.manifest import Corpus, CorpusError, open_corpus
+from sharding.manifest import Corpus, CorpusError, TaskInfo, open_corpus
 from sharding.mixture import Mixture
 
 
@@ -58,6 +58,16 @@ class Corpora:
     def separator(self) -> int:
         """Id of the token that ends a document within a row; all corpora share the tokenizer."""
         return self.corpora[0].manifest.tokenizer.sep_id
+
+    @property
+    def task(self) -> TaskInfo | None:
+        """The task whose labels all corpora hold; None where one has none."""
+        tasks = {corpus.manifest.task for corpus in self.corpora}
+        return tasks.pop() if len(tasks) == 1 else None
+
+    def has(self, split: str) -> bool:
+        """Whether all corpora have this split."""
+        return all(split in corpus.manifest.splits for corpus in self.corpora)
 
     def rows(self, split: str) -> int:
         """Rows of a split in all corpora."""

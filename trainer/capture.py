@@ -4,12 +4,13 @@
 on to the stock SDPA function, and inside ``capture`` also keeps the query, key and value it was given. Hidden
 states are kept by hooks on the layers. No modelling code is forked and no attention matrix is formed.
 
-Letters: B rows, S sequence, H heads, D head dim, E hidden dim, L layers, V vocabulary.
+Letters: B rows, S sequence, H heads, D head dim, E hidden dim, L layers, V vocabulary, C classes.
 """
 
 import inspect
 from contextvars import ContextVar
 from dataclasses import dataclass, field
+from enum import Enum
 from functools import partial
 from typing import Any, NamedTuple
 
@@ -25,6 +26,18 @@ SHORT_ROW = 128
 HEAD_DIM_MULTIPLE = 8  # fused attention kernels take head dims that are a multiple of this
 
 
+class Head(Enum):
+    """What an encoder has on top."""
+
+    none = "none"
+    masked_lm = "masked_lm"
+    """Predictions of masked tokens."""
+    sequence = "sequence"
+    """One vector of logits for a row: a class, or a number."""
+    spans = "spans"
+    """Two logits for every token: an answer begins, or ends, there."""
+
+
 @dataclass(frozen=True)
 class Need:
     """What of a forward pass is kept."""
@@ -35,15 +48,16 @@ class Need:
     """1-based layers whose queries and keys are kept."""
     values: frozenset[int] = frozenset()
     """1-based layers whose values are kept."""
-    prediction: bool = False
-    """The masked-language-model head."""
+    head: Head = Head.none
+    """What the head on top says."""
 
     def __or__(self, other: "Need") -> "Need":
+        assert Head.none in (self.head, other.head) or self.head is other.head, "a model has one head"
         return Need(
             self.hidden | other.hidden,
             self.scores | other.scores,
             self.values | other.values,
-            self.prediction or other.prediction,
+            other.head if self.head is Head.none else self.head,
         )
 
     @classmethod
@@ -54,11 +68,11 @@ class Need:
 
     def depth(self, layers: int) -> int:
         """How many of an encoder's layers have to run: all of them where the head is needed."""
-        return layers if self.prediction else max((0, *self.hidden, *self.scores, *self.values))
+        return layers if self.head is not Head.none else max((0, *self.hidden, *self.scores, *self.values))
 
     def ends_in_attention(self, layers: int) -> bool:
         """Tell whether the last layer that runs is done once its queries, keys and values are known."""
-        return not self.prediction and self.depth(layers) not in self.hidden
+        return self.head is Head.none and self.depth(layers) not in self.hidden
 
 
 class Prediction(NamedTuple):
@@ -86,6 +100,9 @@ class Captured:
     scalings: list[float]
     """L factors: scores before mask and softmax are A = Q K' * scaling; 0 for layers that did not run."""
     prediction: Prediction | None = None
+    """Of a masked-language-model head."""
+    logits: Tensor | None = None
+    """Of a task's head: [B, C], or [B, S, 2] for spans."""
 
 
 @dataclass
@@ -100,6 +117,7 @@ class _Recording:
     values: list[Tensor | None] = field(init=False)
     scalings: list[float] = field(init=False)
     prediction: Prediction | None = None
+    logits: Tensor | None = None
 
     def __post_init__(self) -> None:
         self.hidden = [None] * (self.layers + 1)
@@ -251,13 +269,14 @@ def capture(
     recording = _Recording(need, layers, stop=may_stop and need.ends_in_attention(layers))
     token = _recording.set(recording)
     try:
-        model(**inputs)
+        output = model(**inputs)
+        recording.logits = _task_logits(output, need.head)
     except _Complete:
         pass
     finally:
         _recording.reset(token)
     _check(recording, encoder)
-    names = ("hidden", "queries", "keys", "values", "scalings", "prediction")
+    names = ("hidden", "queries", "keys", "values", "scalings", "prediction", "logits")
     return Captured(**{name: getattr(recording, name) for name in names})
 
 
@@ -289,11 +308,18 @@ def _record_output(encoder: nn.Module, args: tuple[Any, ...], output: Any) -> No
 
 
 def _record_prediction(decoder: nn.Linear, features_BSE: Tensor) -> Tensor:
-    if (recording := _recording.get()) is not None and recording.need.prediction:
+    if (recording := _recording.get()) is not None and recording.need.head is Head.masked_lm:
         # Views: where the parameters are partitioned, they are whole only here.
         bias_V = decoder.bias if decoder.bias is None else decoder.bias.view_as(decoder.bias)
         recording.prediction = Prediction(features_BSE, decoder.weight.view_as(decoder.weight), bias_V)
     return features_BSE
+
+
+def _task_logits(output: Any, head: Head) -> Tensor | None:
+    if head is Head.spans:
+        return torch.stack((output.start_logits, output.end_logits), dim=-1)
+    logits: Tensor | None = output.logits if head is Head.sequence else None
+    return logits
 
 
 def _hand_on(hidden_states: Tensor, *args: Any, **kwargs: Any) -> Tensor:

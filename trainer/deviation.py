@@ -10,8 +10,9 @@ from torch import Tensor
 
 from trainer.capture import Captured
 from trainer.evaluation import Encode
+from trainer.layout import Counts
 from trainer.models import Inputs
-from trainer.transfer import Transfer, denominators, distil, total, weights
+from trainer.transfer import Transfer, denominators, total, weights
 
 
 @torch.no_grad()
@@ -45,12 +46,12 @@ def deviations(
     }
     losses = []
     tokens_B = mask_BS.sum(dim=1)
-    tokens, pairs = int(tokens_B.sum()), int(tokens_B.square().sum())
+    counts = Counts(int(tokens_B.sum()), int(tokens_B.square().sum()), len(tokens_B))
     for encode, transfer in students:
         captured = encode(inputs)
-        counted = denominators(transfer, tokens, pairs, teacher_hidden_size)
+        counted = denominators(transfer, counts, teacher_hidden_size)
         of_low, of_exact = (
-            float(total(distil(captured, teacher, inputs.layout, transfer), counted, weights(transfer)))
+            float(total(inputs.distil(captured, teacher, transfer), counted, weights(transfer)))
             for teacher in (found, expected)
         )
         losses.append(abs(of_low - of_exact) / of_exact)

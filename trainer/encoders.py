@@ -1,5 +1,6 @@
 """Encoders as ``transformers`` gives them: their configs, tokenizers and weights, without a pooler."""
 
+import hashlib
 import inspect
 from pathlib import Path
 from typing import Any
@@ -10,6 +11,8 @@ from transformers import (
     AutoConfig,
     AutoModel,
     AutoModelForMaskedLM,
+    AutoModelForQuestionAnswering,
+    AutoModelForSequenceClassification,
     AutoTokenizer,
     PreTrainedConfig,
     PreTrainedModel,
@@ -21,7 +24,7 @@ from transformers.utils import logging as hf_logging
 
 from configs.schema import Precision, TeacherConfig
 from sharding.files import sha256
-from trainer.capture import enable_capture
+from trainer.capture import Head, enable_capture
 
 DTYPES = {Precision.fp32: torch.float32, Precision.bf16: torch.bfloat16, Precision.fp16: torch.float16}
 
@@ -47,7 +50,7 @@ def load_tokenizer(config: TeacherConfig) -> Any:
         raise ValueError(f"teacher.model={config.model!r} has no tokenizer to read: {error}") from error
 
 
-def load_whole_teacher(config: TeacherConfig, head: bool) -> PreTrainedModel:
+def load_whole_teacher(config: TeacherConfig, head: Head) -> PreTrainedModel:
     """Return all of the teacher on CPU in float32, for students that start from its weights.
 
     Raises:
@@ -58,7 +61,9 @@ def load_whole_teacher(config: TeacherConfig, head: bool) -> PreTrainedModel:
     return teacher
 
 
-def load_encoder(model: str, head: bool = False, **settings: Any) -> PreTrainedModel:
+def load_encoder(
+    model: str, head: Head = Head.none, new_head: bool = False, **settings: Any
+) -> PreTrainedModel:
     """Load an encoder without a pooler, quietly, unless weights are missing.
 
     Heads in the file that an encoder does not have are left unread; a weight that the file lacks would be
@@ -67,7 +72,8 @@ def load_encoder(model: str, head: bool = False, **settings: Any) -> PreTrainedM
 
     Args:
         model: folder or hub name.
-        head: with its masked-language-model head.
+        head: with this one on top.
+        new_head: it need not be in the file: what lacks is made from torch's random numbers.
         settings: of ``AutoModel.from_pretrained``, and of the encoder's config, where they replace its own.
 
     Raises:
@@ -94,18 +100,23 @@ def load_encoder(model: str, head: bool = False, **settings: Any) -> PreTrainedM
         ) from error
     finally:
         hf_logging.set_verbosity(verbosity)
-    if report["missing_keys"]:
+    inside = f"{encoder.base_model_prefix}."
+    missing = sorted(
+        key
+        for key in report["missing_keys"]
+        if not new_head or (key.startswith(inside) and ".pooler." not in key)
+    )
+    if missing:
+        with_head, way_out = _HEADS[head]
         raise ValueError(
-            f"{model} lacks {len(report['missing_keys'])} weights of a {config.model_type} encoder"
-            f"{_WITH_HEAD * head}, such as {sorted(report['missing_keys'])[0]}; they would be random. "
-            f"Use a complete pretrained encoder{_OR_NO_PREDICTION * head}"
+            f"{model} lacks {len(missing)} weights of a {config.model_type} encoder{with_head}, such as "
+            f"{missing[0]}; they would be random. {way_out}"
         )
     return encoder
 
 
-def new_encoder(config: PreTrainedConfig, head: bool = False) -> PreTrainedModel:
-    """Return an encoder with random float32 weights, ready to be captured, on request with its
-    masked-language-model head.
+def new_encoder(config: PreTrainedConfig, head: Head = Head.none) -> PreTrainedModel:
+    """Return an encoder with random float32 weights and this head on top, ready to be captured.
 
     Raises:
         ValueError: an architecture without an encoder to capture, or a setting that it cannot use.
@@ -118,7 +129,7 @@ def new_encoder(config: PreTrainedConfig, head: bool = False) -> PreTrainedModel
     return encoder
 
 
-def empty_encoder(config: PreTrainedConfig, head: bool = False) -> PreTrainedModel:
+def empty_encoder(config: PreTrainedConfig, head: Head = Head.none) -> PreTrainedModel:
     """Return an encoder whose weights are memory that nobody has written to, ready to be captured.
 
     Host memory of that size is reserved, and taken only where it is written to.
@@ -143,9 +154,7 @@ def check_sha256(config: TeacherConfig) -> None:
     """Raise ValueError unless the weights file is the one that ``teacher.sha256`` names, if it names one."""
     if config.sha256 is None:
         return
-    path = Path(config.model, "model.safetensors")
-    if not path.parent.is_dir():
-        path = Path(str(cached_file(config.model, "model.safetensors", revision=config.revision)))
+    path = _weights_files(config)[0]
     if not path.is_file():
         raise ValueError(
             f"teacher.sha256 is set, but {path} does not exist; unset it or name another teacher"
@@ -158,17 +167,50 @@ def check_sha256(config: TeacherConfig) -> None:
         )
 
 
-_WITH_HEAD = " with a masked-language-model head"
-_OR_NO_PREDICTION = ", or set losses.prediction=0"
+def weights_sha256(config: TeacherConfig) -> str:
+    """SHA-256 (hex) of the teacher's weights: of the file's content, or of those of several files together.
+
+    Raises:
+        ValueError: there are none.
+    """
+    digests = [sha256(path) for path in _weights_files(config) if path.is_file()]
+    if not digests:
+        raise ValueError(f"teacher.model={config.model!r} has no model.safetensors to read")
+    return digests[0] if len(digests) == 1 else hashlib.sha256("".join(digests).encode("ascii")).hexdigest()
 
 
-def _auto(head: bool) -> Any:
-    return AutoModelForMaskedLM if head else AutoModel
+def _weights_files(config: TeacherConfig) -> list[Path]:
+    """Where the weights are, in a folder or in the hub's cache; they need not exist."""
+    folder = Path(config.model)
+    if folder.is_dir():
+        return sorted(folder.glob("*.safetensors")) or [folder / "model.safetensors"]
+    return [Path(str(cached_file(config.model, "model.safetensors", revision=config.revision)))]
 
 
-def _no_pooler(config: PreTrainedConfig, head: bool) -> dict[str, bool]:
-    if head:
-        return {}  # a class with this head makes no pooler
+_FINE_TUNE = "Fine-tune it on the task first (launcher/task.py stage=teacher), or name one that is"
+_HEADS = {  # what an error says of each, and the way out
+    Head.none: ("", "Use a complete pretrained encoder"),
+    Head.masked_lm: (
+        " with a masked-language-model head",
+        "Use a complete pretrained encoder, or set losses.prediction=0",
+    ),
+    Head.sequence: (" with a head that classifies", _FINE_TUNE),
+    Head.spans: (" with a head that answers", _FINE_TUNE),
+}
+
+
+def _auto(head: Head) -> Any:
+    return {
+        Head.none: AutoModel,
+        Head.masked_lm: AutoModelForMaskedLM,
+        Head.sequence: AutoModelForSequenceClassification,
+        Head.spans: AutoModelForQuestionAnswering,
+    }[head]
+
+
+def _no_pooler(config: PreTrainedConfig, head: Head) -> dict[str, bool]:
+    if head is not Head.none:
+        return {}  # a class with a head makes the pooler that it needs
     model_class: Any = MODEL_MAPPING[type(config)]
     has_pooler = "add_pooling_layer" in inspect.signature(model_class).parameters
     return {"add_pooling_layer": False} if has_pooler else {}

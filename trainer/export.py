@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from safetensors import SafetensorError
 from torch import Tensor
-from transformers import AutoModel, AutoModelForMaskedLM, PreTrainedModel
+from transformers import AutoModel, PreTrainedModel
 
 from sharding.files import new_folder
 
@@ -22,7 +22,7 @@ def export(folder: Path, encoder: PreTrainedModel, weights: Mapping[str, Tensor]
 
     Args:
         folder: replaced when it exists.
-        encoder: of the student; its config and whether it has a masked-language-model head count.
+        encoder: of the student; its config and its head, if it has one, count.
         weights: float32, by the names of a ``trainer.models.Student``.
         tokenizer: the teacher's.
 
@@ -31,8 +31,11 @@ def export(folder: Path, encoder: PreTrainedModel, weights: Mapping[str, Tensor]
     """
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
-        auto = AutoModel if encoder.base_model is encoder else AutoModelForMaskedLM
-        model = auto.from_config(encoder.config, dtype=torch.float32)
+        config = encoder.config
+        if encoder.base_model is encoder:
+            model = AutoModel.from_config(config, dtype=torch.float32)
+        else:
+            model = type(encoder)._from_config(config, dtype=torch.float32)
     own = {name.removeprefix(_ENCODER): value for name, value in weights.items() if name.startswith(_ENCODER)}
     missing, unexpected = model.load_state_dict(own, strict=False)
     untied = [name for name in missing if name not in model.all_tied_weights_keys]

@@ -15,7 +15,7 @@ from typing import Any
 
 import torch
 
-from trainer.capture import Need
+from trainer.capture import Head, Need
 
 # Weight matrices of hidden_size x intermediate_size in a layer's feed-forward part.
 _FEED_FORWARD_MATRICES = {
@@ -88,7 +88,7 @@ def _head(config: Any, need: Need) -> int:
     """Multiply-adds per token of the masked-language-model head: a dense layer and the vocabulary."""
     narrow = _embedding_size(config)
     dense = 0 if config.model_type in _BARE_HEADS else config.hidden_size * narrow
-    return (dense + narrow * config.vocab_size) * need.prediction
+    return (dense + narrow * config.vocab_size) * (need.head is Head.masked_lm)
 
 
 def _embedding_size(config: Any) -> int:

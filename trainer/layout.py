@@ -8,6 +8,7 @@ Letters: B rows, S sequence, N documents, L tokens of the longest document, H he
 """
 
 from dataclasses import dataclass, replace
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -93,17 +94,32 @@ def _group(row_N: Tensor, start_N: Tensor, length_N: Tensor) -> Documents:
     return Documents(index_NL, mask_NL, row_N, bool(mask_NL.all()))
 
 
-def row_counts(ids_BS: Tensor, length_B: Tensor, separator: int | None = None) -> Tensor:
-    """int64 [B, 2], on CPU: a row's valid tokens, and its pairs of valid tokens (of one document).
+class Counts(NamedTuple):
+    """What the sums of losses are divided by; over all ranks and micro batches of a step."""
 
-    They add up over rows, ranks and batches: the losses' denominators.
+    tokens: float
+    """Valid tokens."""
+    pairs: float
+    """Pairs of valid tokens, within a document where these are kept apart."""
+    rows: float
+    """Rows with a valid token."""
+
+    def positive(self) -> "Counts":
+        """The same, but 1 instead of 0: where every row is masked, sums of 0 are divided."""
+        return Counts(*(max(count, 1) for count in self))
+
+
+def row_counts(ids_BS: Tensor, length_B: Tensor, separator: int | None = None) -> Tensor:
+    """int64 [B, 3], on CPU: a row's valid tokens, its pairs of them (of one document), and 1 if it has any.
+
+    They add up over rows, ranks and batches to the ``Counts`` that losses are divided by.
     """
     pairs_B = length_B.square()
     if separator is not None:
         mask_BS = torch.arange(ids_BS.shape[1]) < length_B[:, None]
         row_N, _, length_N = _documents(ids_BS, mask_BS, separator)
         pairs_B = torch.zeros_like(length_B).index_add(0, row_N, length_N.square())
-    return torch.stack((length_B, pairs_B), dim=1)
+    return torch.stack((length_B, pairs_B, (length_B > 0).long()), dim=1)
 
 
 def document_BS(layout: Layout) -> Tensor:

@@ -14,6 +14,7 @@ A *rollback* takes all students back to the newest checkpoint, since they share 
 failed repeat bitwise what they did.
 """
 
+from collections import defaultdict
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Protocol
@@ -27,16 +28,17 @@ from configs.student_schema import StudentConfig
 from sharding.corpora import Corpora
 from sharding.stream import Batch, stream
 from trainer.checkpoint import Progress
+from trainer.columns import Columns
 from trainer.engine import Engine, StepResult
 from trainer.evaluation import Encode, evaluate
 from trainer.interruption import Interruption
-from trainer.layout import row_counts
+from trainer.layout import Counts, row_counts
 from trainer.meter import CorpusMeter, LossMeter, SpeedMeter
 from trainer.models import Inputs
 from trainer.profile import Profile
 from trainer.quarantine import mask_damaged
 from trainer.schedule import lr_multiplier
-from trainer.transfer import Transfer, denominators, distil, total, weights
+from trainer.transfer import Transfer, denominators, total, weights
 from trainer.world import World, gather_over_ranks, sum_over_ranks
 
 
@@ -104,6 +106,12 @@ class Run:
     total_steps: int
     separator: int | None = None
     """Id of the token that ends a document, where a row's documents are kept apart."""
+    columns: Mapping[str, Columns] = field(default_factory=lambda: defaultdict(Columns))
+    """By split: labels and the teacher's logits of a task's rows."""
+    trim: bool = False
+    """Cut off what is padding in all rows of a micro batch."""
+    teacher_score: Mapping[str, float] = field(default_factory=dict)
+    """A task teacher's own metrics on held-out rows."""
     profile: Profile | None = None
     interruption: Interruption = field(default_factory=Interruption)
     beat: Callable[[str], object] = lambda place: None
@@ -187,13 +195,13 @@ def accumulate_gradients(run: Run, batch: Batch) -> tuple[int, bool]:
     """
     device, clock, rows_of_rank = run.world.device, run.speed.clock, len(batch.length_B)
     micros = micro_batches(run.config.train, run.world.size)
-    counts_B2 = row_counts(batch.ids_BS, batch.length_B, run.separator)
+    counts_B3 = row_counts(batch.ids_BS, batch.length_B, run.separator)
     asked = torch.tensor([run.interruption.reason is not None])
-    tokens, pairs, leaving = sum_over_ranks(torch.cat([counts_B2.sum(dim=0), asked]).to(device)).tolist()
-    tokens, pairs = max(tokens, 1), max(pairs, 1)  # 0: every row of the step is masked
+    *counted_all, leaving = sum_over_ranks(torch.cat([counts_B3.sum(dim=0), asked]).to(device)).tolist()
+    counts = Counts(*counted_all).positive()
     for micro in range(micros):
         rows = slice(rows_of_rank * micro // micros, rows_of_rank * (micro + 1) // micros)
-        inputs = Inputs.of(batch, rows, device, run.separator)
+        inputs = Inputs.of(batch, rows, device, run.separator, run.columns["train"], run.trim)
         with clock.part("teacher"):
             targets = run.teach(inputs)
         for trainee in run.active:
@@ -202,15 +210,15 @@ def accumulate_gradients(run: Run, batch: Batch) -> tuple[int, bool]:
             with clock.part(f"{name}/forward"):
                 learned = trainee.engine(inputs)
             with clock.part(f"{name}/losses"):
-                sums = distil(learned, targets, inputs.layout, trainee.transfer)
-                counted = denominators(trainee.transfer, tokens, pairs, run.teacher_hidden_size)
+                sums = inputs.distil(learned, targets, trainee.transfer)
+                counted = denominators(trainee.transfer, counts, run.teacher_hidden_size)
                 loss = total(sums, counted, weights(trainee.transfer))
             with clock.part(f"{name}/backward"):
                 trainee.engine.backward(loss)
             trainee.losses.add(sums, counted)
             if trainee.by_corpus is not None:
-                trainee.by_corpus.add(sums, batch.corpus_B[rows].to(device), counts_B2[rows].to(device))
-    return tokens, bool(leaving)
+                trainee.by_corpus.add(sums, batch.corpus_B[rows].to(device), counts_B3[rows].to(device))
+    return int(counts.tokens), bool(leaving)
 
 
 def _handle_non_finite(run: Run, listener: Listener) -> None:
@@ -298,6 +306,8 @@ def _evaluate(run: Run, listener: Listener) -> None:
         run.world,
         mask_damaged=run.config.data.damaged is Damaged.quarantine,
         separator=run.separator,
+        columns=run.columns["heldout"],
+        trim=run.trim,
         beat=lambda: run.beat(f"evaluation after step {run.progress.step}"),
     )
     for trainee in active:

@@ -5,7 +5,8 @@ by one global count leaves loss and gradient independent of how rows are spread.
 besides how well each corpus of a mixture is learned. Sums are float32 whatever the inputs are (float64 for
 float64 inputs), also under autocast. Only the student's tensors get a gradient.
 
-Here are those of hidden states and of logits; ``attention_loss``, ``relation_loss`` and ``prediction_loss``
+Here are those of hidden states; ``task_loss`` has those of a task's logits; ``attention_loss``,
+``relation_loss`` and ``prediction_loss``
 hold those whose matrices are too large to form.
 
 Letters: B rows, S sequence, E hidden dim. ``mask_BS`` is true (or 1) for valid tokens, None where every token
@@ -95,19 +96,6 @@ def _cosine_gradient(x: Tensor, y: Tensor) -> Tensor:
 def _tiles(x_BSE: Tensor) -> Iterator[slice]:
     rows, seq_len, width = x_BSE.shape
     return tiles(rows, seq_len * width, scratch_elements(x_BSE.device))
-
-
-def soft_cross_entropy_sum(
-    student_logits: Tensor, teacher_logits: Tensor, temperature: float, mask: Tensor | None = None
-) -> Tensor:
-    """Sum over valid rows and classes of -softmax(teacher / t) log_softmax(student / t): a scalar.
-
-    Logits, not probabilities: [..., classes]; mask: [...], all rows valid when None. Its count is valid rows:
-    no division by the number of classes, and no factor t^2.
-    """
-    target = torch.softmax(widen(teacher_logits) / temperature, dim=-1)
-    log_student = torch.log_softmax(widen(student_logits) / temperature, dim=-1)
-    return _masked(-(target * log_student).sum(dim=-1), mask).sum()
 
 
 def _masked(x: Tensor, mask: Tensor | None) -> Tensor:

@@ -9,7 +9,7 @@ from torch import nn
 from transformers import PreTrainedConfig
 
 from configs.schema import Placement, Quantization, TeacherConfig
-from trainer.capture import Need
+from trainer.capture import Head, Need
 from trainer.encoders import DTYPES, new_encoder
 from trainer.engine import live_elements
 from trainer.teacher import freeze
@@ -46,7 +46,7 @@ def teacher_memory(
     time, which is an upper bound. Activations are an upper estimate without fused kernels.
     """
     with torch.device("meta"):
-        model = new_encoder(shape, head=need.prediction)
+        model = new_encoder(shape, head=need.head)
     width = DTYPES[config.precision].itemsize
     whole = width * sum(parameter.numel() for parameter in model.parameters())
     layers = freeze(model, need)
@@ -124,7 +124,7 @@ def gib(size: int) -> str:
 
 def _activations(shape: PreTrainedConfig, need: Need, rows: int, seq_len: int, width: int) -> int:
     tokens = rows * seq_len
-    kept = len(need.hidden) + 2 * len(need.scores) + len(need.values) + need.prediction
+    kept = len(need.hidden) + 2 * len(need.scores) + len(need.values) + (need.head is Head.masked_lm)
     inner = shape.hidden_dim if shape.model_type == "distilbert" else shape.intermediate_size
     own = 6 * shape.hidden_size + 3 * inner  # of the layer that runs
     return tokens * width * (kept * shape.hidden_size + own) + tokens * seq_len  # the mask of pairs

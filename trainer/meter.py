@@ -9,6 +9,7 @@ from torch import Tensor
 
 from sharding.stream import Batch
 from trainer.clock import Clock
+from trainer.layout import Counts
 from trainer.transfer import Transfer, denominators, weights
 from trainer.world import World, sum_over_ranks
 
@@ -44,14 +45,14 @@ class CorpusMeter:
     def __init__(self, names: Sequence[str], transfer: Transfer, teacher_hidden_size: int) -> None:
         self.names, self.transfer, self.teacher_hidden_size = names, transfer, teacher_hidden_size
         self._sums: dict[str, Tensor] = {}  # float64 [corpora]
-        self._counts: Tensor | None = None  # tokens and pairs: int64 [corpora, 2]
+        self._counts: Tensor | None = None  # of ``trainer.layout.row_counts``: int64 [corpora, 3]
 
-    def add(self, sums: Mapping[str, Tensor], corpus_B: Tensor, counts_B2: Tensor) -> None:
-        """Add one micro batch: a sum per row and term, each row's corpus, its valid tokens and pairs."""
+    def add(self, sums: Mapping[str, Tensor], corpus_B: Tensor, counts_B3: Tensor) -> None:
+        """Add one micro batch: a sum per row and term, each row's corpus and counts."""
         if self._counts is None:
-            self._counts = counts_B2.new_zeros(len(self.names), 2)
+            self._counts = counts_B3.new_zeros(len(self.names), 3)
             self._sums = {key: corpus_B.new_zeros(len(self.names), dtype=torch.float64) for key in sums}
-        self._counts.index_add_(0, corpus_B, counts_B2)
+        self._counts.index_add_(0, corpus_B, counts_B3)
         for key, value_B in sums.items():
             self._sums[key].index_add_(0, corpus_B, value_B.detach().double())
 
@@ -63,23 +64,23 @@ class CorpusMeter:
         """
         keys, corpora = list(weights(self.transfer)), len(self.names)
         sums = torch.zeros(len(keys), corpora, device=device, dtype=torch.float64)
-        counts = torch.zeros(corpora, 2, device=device, dtype=torch.int64)
+        counts = torch.zeros(corpora, 3, device=device, dtype=torch.int64)
         if self._counts is not None:  # this rank has seen rows
             sums, counts = torch.stack([self._sums[key] for key in keys]), self._counts
         sums, counts = sum_over_ranks(sums), sum_over_ranks(counts)
         self._counts = None
         found = self._weighed(
-            dict(zip(keys, sums.sum(dim=1).tolist(), strict=True)), *counts.sum(dim=0).tolist()
+            dict(zip(keys, sums.sum(dim=1).tolist(), strict=True)), Counts(*counts.sum(dim=0).tolist())
         )
         for index, name in enumerate(self.names if corpora > 1 else ()):
-            tokens, pairs = counts[index].tolist()
-            if tokens:
-                own = self._weighed(dict(zip(keys, sums[:, index].tolist(), strict=True)), tokens, pairs)
+            counted = Counts(*counts[index].tolist())
+            if counted.tokens:
+                own = self._weighed(dict(zip(keys, sums[:, index].tolist(), strict=True)), counted)
                 found |= {f"corpus/{name}/{key}": value for key, value in own.items()}
         return found
 
-    def _weighed(self, sums: Mapping[str, float], tokens: int, pairs: int) -> dict[str, float]:
-        counted = denominators(self.transfer, max(tokens, 1), max(pairs, 1), self.teacher_hidden_size)
+    def _weighed(self, sums: Mapping[str, float], counts: Counts) -> dict[str, float]:
+        counted = denominators(self.transfer, counts.positive(), self.teacher_hidden_size)
         values = {key: value / counted[key] for key, value in sums.items()}
         of_term = weights(self.transfer)
         return {"total": sum(of_term[key] * value for key, value in values.items()), **values}

@@ -14,13 +14,18 @@ from torch import Tensor, nn
 from transformers import PreTrainedConfig, PreTrainedModel
 
 from configs.student_schema import Projection, StudentConfig
+from sharding.manifest import TaskInfo
 from sharding.stream import Batch
-from trainer.capture import Need, capture, compile_layers, enable_capture, layers_of
+from trainer.capture import Captured, Head, Need, capture, compile_layers, enable_capture, layers_of
 from trainer.checkpoint import WEIGHTS, is_student, verify, weight_shapes
+from trainer.columns import Columns
 from trainer.encoders import load_encoder, new_encoder
 from trainer.layout import Layout, document_BS, layout
-from trainer.shapes import encoder_config, transfer
-from trainer.transfer import student_need
+from trainer.shapes import encoder_config, task_settings, transfer
+from trainer.transfer import Transfer, distil, student_need
+
+TRIM_MULTIPLE = 16
+"""Trimmed rows have a multiple of so many tokens: few shapes, and sizes that matrix units like."""
 
 
 @dataclass(frozen=True)
@@ -33,16 +38,50 @@ class Inputs:
         Tensor | None
     )  # bool, what encoders attend to: None (all), [B, S] tokens, [B, 1, S, S] pairs
     token_type_BS: Tensor  # int64, 1 from segment B on
+    labels_BK: Tensor | None = None  # float32, of a task's rows
+    logits: Tensor | None = None  # float32 [B, C] or [B, S, 2]: the teacher's, where they were kept
 
     @classmethod
-    def of(cls, batch: Batch, rows: slice, device: torch.device, separator: int | None = None) -> "Inputs":
-        """Return ``rows`` of a batch on ``device``; a ``separator`` id keeps a row's documents apart."""
+    def of(
+        cls,
+        batch: Batch,
+        rows: slice,
+        device: torch.device,
+        separator: int | None = None,
+        columns: Columns | None = None,
+        trim: bool = False,
+    ) -> "Inputs":
+        """Return ``rows`` of a batch on ``device``, with what ``columns`` hold of them.
+
+        A ``separator`` id keeps a row's documents apart. With ``trim`` what is padding in every row is cut
+        off: rows of a task are short, and nothing counts padding.
+        """
         ids_BS, length_B = batch.ids_BS[rows], batch.length_B[rows]
+        width = ids_BS.shape[1]
+        if trim:
+            longest = int(length_B.max())
+            width = min(width, max(1, -(-longest // TRIM_MULTIPLE)) * TRIM_MULTIPLE)
+            ids_BS = ids_BS[:, :width].contiguous()
         found = layout(ids_BS, length_B, separator).to(device)
         segment_B1 = batch.segment_B[rows, None].to(device, non_blocking=True)
         index_S = torch.arange(ids_BS.shape[1], device=device)
         token_type_BS = ((index_S >= segment_B1) & found.mask_BS).long()
-        return cls(ids_BS.to(device, non_blocking=True), found, attention_mask(found), token_type_BS)
+        columns = columns or Columns()
+        labels_BK, logits = columns.take_labels(batch, rows), columns.take_logits(batch, rows)
+        if logits is not None:
+            logits = (logits[:, :width] if logits.dim() == 3 else logits).to(device, non_blocking=True)
+        return cls(
+            ids_BS.to(device, non_blocking=True),
+            found,
+            attention_mask(found),
+            token_type_BS,
+            None if labels_BK is None else labels_BK.to(device, non_blocking=True),
+            logits,
+        )
+
+    def distil(self, student: Captured, teacher: Captured, transfer: Transfer) -> dict[str, Tensor]:
+        """Return the error sums of these rows: ``trainer.transfer.distil``."""
+        return distil(student, teacher, self.layout, transfer, self.labels_BK)
 
 
 def attention_mask(layout: Layout) -> Tensor | None:
@@ -75,7 +114,10 @@ class Student(nn.Module):
         projection: Projection,
         need: Need | None = None,
     ) -> None:
-        """Args: ``need`` is what the losses look at; everything when None."""
+        """Args: ``need`` is what the losses look at; everything when None.
+
+        Where no loss looks at hidden states there are no projections.
+        """
         super().__init__()
         self.encoder = encoder
         self.need = need
@@ -87,7 +129,7 @@ class Student(nn.Module):
         }[projection]
         self.projections = nn.ModuleList(
             nn.Linear(hidden_size, teacher_hidden_size, bias=False)
-            for _ in range(max(self.projection_of_layer) + 1)
+            for _ in range(max(self.projection_of_layer) + 1 if need is None or need.hidden else 0)
         )
         for weight in self.projections.parameters():
             nn.init.normal_(weight, std=encoder.config.initializer_range)
@@ -112,19 +154,23 @@ class Student(nn.Module):
                 parameter.copy_(weights[name])
 
 
-def outline(student: StudentConfig, teacher_config: PreTrainedConfig) -> Student:
+def outline(
+    student: StudentConfig, teacher_config: PreTrainedConfig, task: TaskInfo | None = None
+) -> Student:
     """Return the student without weights, on the meta device: what there is, by name and shape.
 
     Raises:
         ValueError: ``init`` is not there, or the student cannot be made.
     """
-    need = student_need(transfer(student, teacher_config))
+    need = student_need(transfer(student, teacher_config, task))
     with torch.device("meta"):
-        encoder = new_encoder(encoder_config(student, teacher_config), head=need.prediction)
+        encoder = new_encoder(encoder_config(student, teacher_config, task), need.head)
         return Student(encoder, teacher_config.hidden_size, student.projection, need)
 
 
-def check_starts(students: Sequence[StudentConfig], teacher_config: PreTrainedConfig) -> list[str]:
+def check_starts(
+    students: Sequence[StudentConfig], teacher_config: PreTrainedConfig, task: TaskInfo | None = None
+) -> list[str]:
     """Return every reason why students cannot start from those in checkpoints that their ``init`` names.
 
     Every byte of these weights is read once.
@@ -138,7 +184,9 @@ def check_starts(students: Sequence[StudentConfig], teacher_config: PreTrainedCo
             problems.append(f"{named} is damaged: {'; '.join(damage)}. Use another checkpoint")
             continue
         found = weight_shapes(folder)
-        asked = {name: tuple(own.shape) for name, own in outline(student, teacher_config).named_parameters()}
+        asked = {
+            name: tuple(own.shape) for name, own in outline(student, teacher_config, task).named_parameters()
+        }
         differing = [
             f"{name} {found.get(name, 'missing')} instead of {asked.get(name, 'nothing')}"
             for name in sorted(found.keys() | asked.keys())
@@ -154,9 +202,10 @@ def check_starts(students: Sequence[StudentConfig], teacher_config: PreTrainedCo
 
 def build_student(
     student: StudentConfig,
-    teacher: Callable[[bool], PreTrainedModel],
+    teacher: Callable[[Head], PreTrainedModel],
     teacher_config: PreTrainedConfig,
     seed: int,
+    task: TaskInfo | None = None,
 ) -> Student:
     """Return the student with its initial weights in float32 on CPU, ready to capture.
 
@@ -164,30 +213,36 @@ def build_student(
 
     Args:
         student: its config, checked by ``check_students`` and ``check_starts``.
-        teacher: gives the teacher on CPU in float32, with its masked-language-model head when True;
-            called when ``student.init`` is ``teacher``.
+        teacher: gives the teacher on CPU in float32, with the head that is asked for; called when
+            ``student.init`` is ``teacher``.
         teacher_config: the teacher's config.
-        seed: of the random weights.
+        seed: of the random weights, those of a new task's head among them.
+        task: the corpus's, if it has one.
 
     Raises:
         ValueError: ``init`` cannot be read, or a teacher layer does not fit its student layer.
     """
-    learned = transfer(student, teacher_config)
+    learned = transfer(student, teacher_config, task)
     need = student_need(learned)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         if student.init in ("random", "teacher") or is_student(student.init):
-            encoder = new_encoder(encoder_config(student, teacher_config), head=need.prediction)
+            encoder = new_encoder(encoder_config(student, teacher_config, task), need.head)
         else:
             encoder = load_encoder(
-                student.init, head=need.prediction, dtype=torch.float32, **student.overrides
+                student.init,
+                need.head,
+                new_head=need.head in (Head.sequence, Head.spans),
+                dtype=torch.float32,
+                **student.overrides,
+                **task_settings(task if learned.task else None),
             )
             enable_capture(encoder)
         module = Student(encoder, teacher_config.hidden_size, student.projection, need)
     if is_student(student.init):
         module.load(load_file(Path(student.init, WEIGHTS)))
     if student.init == "teacher":
-        copy_layers(encoder, teacher(need.prediction), learned.layer_map)
+        copy_layers(encoder, teacher(need.head), learned.layer_map)
         for weight in module.projections.parameters():
             nn.init.eye_(weight)
     if student.compile:

@@ -10,14 +10,21 @@ from huggingface_hub.errors import StrictDataclassError
 from transformers import AutoConfig, PreTrainedConfig
 
 from configs.student_schema import StudentConfig
+from sharding.manifest import TaskInfo
 from trainer.attention_loss import common_heads
 from trainer.checkpoint import is_student
 from trainer.encoders import new_encoder, read_config
 from trainer.layer_map import resolve
+from trainer.task_loss import REGRESSION, SPANS
 from trainer.transfer import Relation, Transfer
 
 
-def check_students(students: Sequence[StudentConfig], teacher: PreTrainedConfig, seq_len: int) -> list[str]:
+def check_students(
+    students: Sequence[StudentConfig],
+    teacher: PreTrainedConfig,
+    seq_len: int,
+    task: TaskInfo | None = None,
+) -> list[str]:
     """Return every reason why these students cannot learn from this teacher on rows of ``seq_len``."""
     problems = []
     if seq_len > _positions(teacher):
@@ -25,20 +32,26 @@ def check_students(students: Sequence[StudentConfig], teacher: PreTrainedConfig,
     for index, student in enumerate(students):
         for check in (transfer, partial(_check_config, seq_len=seq_len)):
             try:
-                check(student, teacher)
+                check(student, teacher, task=task)
             except ValueError as error:
                 problems.append(f"students.{index} ({student.name}): {error}")
     return problems
 
 
-def transfer(student: StudentConfig, teacher: PreTrainedConfig) -> Transfer:
+def transfer(student: StudentConfig, teacher: PreTrainedConfig, task: TaskInfo | None = None) -> Transfer:
     """Return what the student learns from which teacher layer, resolved.
 
+    Args:
+        task: the corpus's, if it has one.
+
     Raises:
-        ValueError: a layer map out of range, head counts that cannot be mapped.
+        ValueError: a layer map out of range, head counts that cannot be mapped, a task's losses without a
+            task, a teacher of another task.
     """
     layer_map = resolve(student.layer_map, student.layers, teacher.num_hidden_layers)
     losses = student.losses
+    if losses.logits or losses.labels:
+        _check_task(student, teacher, task)
     return Transfer(
         layer_map=layer_map,
         attention_heads=common_heads(student.heads, teacher.num_attention_heads, losses.attention_heads),
@@ -50,7 +63,46 @@ def transfer(student: StudentConfig, teacher: PreTrainedConfig) -> Transfer:
         relation=_relation(student, teacher) if losses.relation.weight else None,
         prediction=losses.prediction,
         temperature=losses.temperature,
+        logits=losses.logits,
+        labels=losses.labels,
+        task=task.kind if task is not None and (losses.logits or losses.labels) else None,
     )
+
+
+def _check_task(student: StudentConfig, teacher: PreTrainedConfig, task: TaskInfo | None) -> None:
+    """Raise ValueError unless there is a task, which the teacher has learned where it is needed."""
+    losses = student.losses
+    if task is None:
+        raise ValueError(
+            f"losses.logits={losses.logits} and losses.labels={losses.labels} need a task's corpus, and this "
+            "one has no labels; build one with launcher/task.py stage=data, or set them to 0"
+        )
+    if not losses.logits or task.kind == SPANS:
+        return
+    outputs = max(1, len(task.labels))
+    if teacher.num_labels != outputs:
+        raise ValueError(
+            f"losses.logits={losses.logits} compares {outputs} outputs of task {task.name}, the teacher has "
+            f"{teacher.num_labels}; fine-tune it on the task first (launcher/task.py stage=teacher), or name "
+            "one that is"
+        )
+    by_index: dict[Any, str] = teacher.id2label or {}
+    named = [by_index[index] for index in sorted(by_index)]
+    if set(named) == set(task.labels) and named != list(task.labels):
+        raise ValueError(
+            f"the teacher's outputs are {', '.join(named)}, the corpus's classes {', '.join(task.labels)}: "
+            f"the same names in another order; build the corpus with labels=[{', '.join(named)}]"
+        )
+
+
+def task_settings(task: TaskInfo | None) -> dict[str, Any]:
+    """Return the settings of a ``transformers`` config that say what a task's head has for outputs."""
+    if task is None or task.kind == SPANS:
+        return {}
+    names = task.labels or ("score",)
+    problem = "regression" if task.kind == REGRESSION else "single_label_classification"
+    ids = {name: index for index, name in enumerate(names)}
+    return {"id2label": dict(enumerate(names)), "label2id": ids, "problem_type": problem}
 
 
 def _relation(student: StudentConfig, teacher: PreTrainedConfig) -> Relation:
@@ -78,15 +130,34 @@ def _relation(student: StudentConfig, teacher: PreTrainedConfig) -> Relation:
     return Relation(asked.weight, heads, student_layer, teacher_layer)
 
 
-def encoder_config(student: StudentConfig, teacher: PreTrainedConfig) -> PreTrainedConfig:
+def as_student(name: str, model: str, config: PreTrainedConfig) -> StudentConfig:
+    """Return a pretrained encoder as a student that starts from itself, to be fine-tuned."""
+    return StudentConfig(
+        name=name,
+        layers=config.num_hidden_layers,
+        hidden_size=config.hidden_size,
+        heads=config.num_attention_heads,
+        intermediate_size=getattr(config, _intermediate_key(config)),
+        init=model,
+    )
+
+
+def encoder_config(
+    student: StudentConfig, teacher: PreTrainedConfig, task: TaskInfo | None = None
+) -> PreTrainedConfig:
     """Return the ``transformers`` config of a student's encoder: its shape, or what it starts from as it is.
 
     Raises:
         ValueError: it cannot be made, or read.
     """
+    if not (student.losses.logits or student.losses.labels):
+        task = None
     if student.init in ("random", "teacher") or is_student(student.init):
-        return student_hf_config(student, teacher)
-    return read_config("init", student.init, **student.overrides)
+        config = student_hf_config(student, teacher)
+        for key, value in task_settings(task).items():
+            setattr(config, key, value)
+        return config
+    return read_config("init", student.init, **student.overrides, **task_settings(task))
 
 
 def student_hf_config(student: StudentConfig, teacher: PreTrainedConfig) -> PreTrainedConfig:
@@ -170,7 +241,9 @@ def _check_overrides(student: StudentConfig, default: PreTrainedConfig, shape: d
         raise ValueError(f"overrides {derived} follow from layers, hidden_size, heads and intermediate_size")
 
 
-def _check_config(student: StudentConfig, teacher: PreTrainedConfig, seq_len: int) -> None:
+def _check_config(
+    student: StudentConfig, teacher: PreTrainedConfig, seq_len: int, task: TaskInfo | None = None
+) -> None:
     """Raise ValueError when the student cannot be made, or cannot read the teacher's rows."""
     config = student_hf_config(student, teacher)
     keys = ["model_type", "hidden_size", "num_attention_heads", "vocab_size", _intermediate_key(config)]
@@ -178,11 +251,11 @@ def _check_config(student: StudentConfig, teacher: PreTrainedConfig, seq_len: in
         inner = ["embedding_size", "max_position_embeddings", "type_vocab_size"]
         _check_same(student.init, config, teacher, [*keys, *inner])
     elif student.init != "random" and not is_student(student.init):
-        asked, config = config, encoder_config(student, teacher)
+        asked, config = config, encoder_config(student, teacher, task)
         _check_same(student.init, asked, config, [*keys, "num_hidden_layers"])
     else:
         with torch.device("meta"):  # proves that it can be made and captured, without its memory
-            new_encoder(config, head=student.losses.prediction > 0)
+            new_encoder(encoder_config(student, teacher, task), transfer(student, teacher, task).head)
     if config.vocab_size < teacher.vocab_size:
         raise ValueError(f"vocab_size {config.vocab_size} is below the teacher's {teacher.vocab_size}")
     if student.losses.prediction and config.vocab_size != teacher.vocab_size:

@@ -115,7 +115,7 @@ def _read(
     config: TeacherConfig, need: Need, dtype: torch.dtype | str
 ) -> tuple[PreTrainedModel, nn.ModuleList]:
     """Return the model on CPU, proved to be captured and then shortened, and its layers."""
-    model = load_encoder(config.model, head=need.prediction, revision=config.revision, dtype=dtype)
+    model = load_encoder(config.model, head=need.head, revision=config.revision, dtype=dtype)
     enable_capture(model)
     check_supported(model)
     return model, freeze(model, need)
@@ -123,7 +123,7 @@ def _read(
 
 def _empty(config: TeacherConfig, need: Need) -> PreTrainedModel:
     """The same model without its weights."""
-    model = empty_encoder(load_teacher_config(config), head=need.prediction)
+    model = empty_encoder(load_teacher_config(config), head=need.head)
     freeze(model, need)
     return model
 

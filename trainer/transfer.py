@@ -7,6 +7,7 @@ A *term* is one summand of the loss, under one key:
     attention/m                     MSE of attention scores before the softmax, student layer m from g(m)
     relation/qq, .../kk, .../vv     MiniLMv2's self-attention relations, of one layer
     prediction                      divergence of the masked-language-model predictions
+    logits, labels                  error of the task's logits, against the teacher's and against labels
 
 Every term is a sum over valid elements, divided by a global count (``denominators``). ``trainer.losses`` and
 the modules named ``..._loss`` have the maths. Letters: B rows, M student layers, E hidden dim, R heads that
@@ -22,11 +23,12 @@ import torch
 from torch import Tensor
 
 from trainer.attention_loss import attention_error_sum, group_heads, grouped_scaling
-from trainer.capture import Captured, Need, Prediction
-from trainer.layout import Layout
+from trainer.capture import Captured, Head, Need, Prediction
+from trainer.layout import Counts, Layout
 from trainer.losses import cosine_distance_sum, squared_error_sum
 from trainer.prediction_loss import prediction_divergence_sum
 from trainer.relation_loss import relation_divergence_sum, relation_heads
+from trainer.task_loss import SPANS, labels_error, logits_error
 
 Kept = TypeVar("Kept", Tensor, Prediction)
 
@@ -67,7 +69,22 @@ class Transfer:
     prediction: float = 0.0
     """Weight of the prediction divergence."""
     temperature: float = 1.0
-    """Of the prediction divergence."""
+    """Of the prediction divergence and of the task's logits."""
+    logits: float = 0.0
+    """Weight of the error of the task's logits against the teacher's."""
+    labels: float = 0.0
+    """Weight of their error against labels."""
+    task: str | None = None
+    """What the task's head says: ``classification``, ``regression`` or ``spans``."""
+
+    @property
+    def head(self) -> Head:
+        """What the student has on top."""
+        if self.prediction:
+            return Head.masked_lm
+        if not self.logits and not self.labels:
+            return Head.none
+        return Head.spans if self.task == SPANS else Head.sequence
 
 
 def weights(transfer: Transfer) -> dict[str, float]:
@@ -79,7 +96,7 @@ def weights(transfer: Transfer) -> dict[str, float]:
         every[f"attention/{m}"] = transfer.attention * lambda_m
     if transfer.relation is not None:
         every |= {f"relation/{kind}": transfer.relation.weight for kind in ("qq", "kk", "vv")}
-    every["prediction"] = transfer.prediction
+    every |= {"prediction": transfer.prediction, "logits": transfer.logits, "labels": transfer.labels}
     return {key: weight for key, weight in every.items() if weight}
 
 
@@ -110,14 +127,20 @@ def _need(transfer: Transfer, layers: tuple[int, ...], of_student: bool) -> Need
         hidden=frozenset(hidden),
         scores=frozenset(scores | values),
         values=frozenset(values),
-        prediction="prediction" in wanted,
+        head=transfer.head if of_student or {"prediction", "logits"} & wanted.keys() else Head.none,
     )
 
 
-def distil(student: Captured, teacher: Captured, layout: Layout, transfer: Transfer) -> dict[str, Tensor]:
+def distil(
+    student: Captured,
+    teacher: Captured,
+    layout: Layout,
+    transfer: Transfer,
+    labels_BK: Tensor | None = None,
+) -> dict[str, Tensor]:
     """The error sums of one batch's rows, [B] for each key of ``weights(transfer)``.
 
-    The student's hidden states are already projected to the teacher's width.
+    The student's hidden states are already projected to the teacher's width. ``labels_BK``: of a task's rows.
     """
     wanted = weights(transfer)
     sums: dict[str, Tensor] = {}
@@ -133,6 +156,13 @@ def distil(student: Captured, teacher: Captured, layout: Layout, transfer: Trans
     if "prediction" in wanted:
         own, target = _kept(student.prediction), _kept(teacher.prediction)
         sums["prediction"] = prediction_divergence_sum(own, target, transfer.temperature, layout.mask)
+    if "logits" in wanted:
+        own_logits, target_logits, kind = _kept(student.logits), _kept(teacher.logits), transfer.task or ""
+        sums["logits"] = logits_error(own_logits, target_logits, kind, transfer.temperature, layout.mask)
+    if "labels" in wanted:
+        sums["labels"] = labels_error(
+            _kept(student.logits), _kept(labels_BK), transfer.task or "", layout.mask
+        )
     return sums
 
 
@@ -176,14 +206,13 @@ def _kept(x: Kept | None) -> Kept:
     return x
 
 
-def denominators(
-    transfer: Transfer, tokens: float, pairs: float, teacher_hidden_size: int
-) -> dict[str, float]:
-    """Element count of every term from GLOBAL counts of valid tokens and pairs.
+def denominators(transfer: Transfer, counts: Counts, teacher_hidden_size: int) -> dict[str, float]:
+    """Element count of every term from GLOBAL counts.
 
     Hidden states: tokens * E. Attention: R * pairs. Relations: their heads * tokens (a divergence per head
-    and query). Cosine and prediction: tokens.
+    and query). Cosine and prediction: tokens. Logits and labels: rows.
     """
+    tokens, pairs, rows = counts
     count = {
         "embedding": tokens * teacher_hidden_size,
         "hidden": tokens * teacher_hidden_size,
@@ -191,6 +220,8 @@ def denominators(
         "attention": transfer.attention_heads * pairs,
         "relation": tokens * (transfer.relation.heads if transfer.relation is not None else 0),
         "prediction": tokens,
+        "logits": rows,
+        "labels": rows,
     }
     return {key: count[key.split("/")[0]] for key in weights(transfer)}
 

@@ -152,6 +152,12 @@ def disconnect() -> None:
     dist.destroy_process_group()
 
 
+def barrier(world: World) -> None:
+    """Wait until all ranks have come here (collective)."""
+    if world.size > 1:
+        dist.barrier()
+
+
 def sum_over_ranks(values: torch.Tensor) -> torch.Tensor:
     """Return the element-wise sum of ``values`` over all ranks (collective); ``values`` is overwritten."""
     dist.all_reduce(values)

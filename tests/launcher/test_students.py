@@ -90,4 +90,4 @@ def test_a_run_that_ends_before_its_profile_writes_what_there_is(
     assert done.returncode == 0, done.stderr
     assert "profile of 2 steps" in done.stderr
     done = general(run_config, "--profile-steps", "0")
-    assert done.returncode == 2 and "--profile-steps 0 is less than 1" in done.stderr
+    assert done.returncode == 2 and "--profile-steps: 0 is less than 1" in done.stderr

@@ -14,7 +14,7 @@ import torch
 from configs.schema import Placement, Precision, TeacherConfig
 from tests.trainer.tiny import rows
 from trainer import engine, exits, meeting, world
-from trainer.capture import Captured, Need
+from trainer.capture import Captured, Head, Need
 from trainer.layout import Layout
 from trainer.models import Inputs, attention_mask
 from trainer.teacher import load_teacher
@@ -38,7 +38,10 @@ def tensors(captured: Captured) -> list[torch.Tensor]:
 
 def run_case(case: dict[str, Any], place: world.World) -> dict[str, Any]:
     """Run one case on this rank."""
-    need = Need(**{key: frozenset(value) for key, value in case["need"].items()}, prediction=case["head"])
+    need = Need(
+        **{key: frozenset(value) for key, value in case["need"].items()},
+        head=Head.masked_lm if case["head"] else Head.none,
+    )
     settings = {"model": case["model"], "precision": Precision(case["precision"])}
     whole = load_teacher(TeacherConfig(**settings), need, place)
     linear = torch.nn.functional.linear

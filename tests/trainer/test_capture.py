@@ -9,7 +9,7 @@ from torch.nn.functional import scaled_dot_product_attention
 from transformers import AutoConfig, AutoModel, AutoModelForMaskedLM, T5EncoderModel
 
 import trainer.capture
-from trainer.capture import Need, capture, check_supported, enable_capture
+from trainer.capture import Head, Need, capture, check_supported, enable_capture
 from trainer.layout import layout
 from trainer.models import attention_mask
 
@@ -314,7 +314,7 @@ def test_the_prediction_reproduces_the_stock_logits(model_type):
     ours = copy.deepcopy(stock)
     enable_capture(ours)
     ids_BS, mask_BS = rows()
-    need = Need(frozenset({0, LAYERS}), frozenset({1}), frozenset({2}), prediction=True)
+    need = Need(frozenset({0, LAYERS}), frozenset({1}), frozenset({2}), head=Head.masked_lm)
     captured = capture(ours, ids_BS, mask_BS, need=need)
     features_BSE, weight_VE, bias_V = captured.prediction
     logits = torch.nn.functional.linear(features_BSE, weight_VE, bias_V)

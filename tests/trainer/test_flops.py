@@ -9,7 +9,7 @@ from transformers.models.auto.modeling_auto import MODEL_FOR_MASKED_LM_MAPPING_N
 
 from configs.student_schema import Projection
 from tests.trainer.tiny import ARCHITECTURES, WIDTH, rows, tiny_config, tiny_student
-from trainer.capture import Need, capture, shorten
+from trainer.capture import Head, Need, capture, shorten
 from trainer.encoders import new_encoder
 from trainer.flops import (
     _FEED_FORWARD_MATRICES,
@@ -51,7 +51,7 @@ def test_a_head_equals_the_operations_that_torch_counts(model_type):
     config = AutoConfig.for_model(model_type, vocab_size=50, pad_token_id=0, **SHAPES[model_type])
     model = AutoModelForMaskedLM.from_config(config, attn_implementation="eager").eval()
     found = counted(lambda: model(input_ids=torch.ones(3, 8, dtype=torch.long)))
-    assert 3 * teacher_row_flops(config, 8, Need(prediction=True)) == found
+    assert 3 * teacher_row_flops(config, 8, Need(head=Head.masked_lm)) == found
 
 
 @pytest.mark.parametrize("architecture", ARCHITECTURES)

@@ -24,7 +24,7 @@ from tests.trainer.tiny import (
     tiny_encoder,
     tiny_student,
 )
-from trainer.capture import Need, capture, enable_capture
+from trainer.capture import Head, Need, capture, enable_capture
 from trainer.encoders import load_whole_teacher
 from trainer.layout import Layout
 from trainer.memory import placements
@@ -88,7 +88,7 @@ def test_a_shortened_teacher_gives_bitwise_what_the_whole_one_does(architecture,
     config = TeacherConfig(model=str(saved(architecture, tmp_path)), precision=Precision.fp32)
     need, inputs = NEEDS[needed], padded()
     teacher = load_teacher(config, need, PLACE)
-    whole = load_whole_teacher(config, head=False).eval()
+    whole = load_whole_teacher(config, head=Head.none).eval()
     found = teacher(inputs)
     expected = capture(whole, inputs.ids_BS, inputs.attention_mask, need=need)
     assert len(tensors(found)) == len(need.hidden) + 2 * len(need.scores) + len(need.values)
@@ -132,7 +132,7 @@ def test_a_teacher_with_its_head(tmp_path):
     stock.save_pretrained(tmp_path)
     inputs = padded()
     config = TeacherConfig(model=str(tmp_path), precision=Precision.fp32)
-    found = load_teacher(config, Need(prediction=True), PLACE)(inputs).prediction
+    found = load_teacher(config, Need(head=Head.masked_lm), PLACE)(inputs).prediction
     logits = stock(inputs.ids_BS, attention_mask=inputs.attention_mask).logits
     torch.testing.assert_close(found.features_BSE @ found.weight_VE.mT + found.bias_V, logits)
 
@@ -218,7 +218,7 @@ def test_a_teacher_whose_attention_cannot_be_captured(tmp_path):
 
 
 def test_the_whole_teacher_is_float32_and_ready_to_be_copied(folder):
-    whole = load_whole_teacher(TeacherConfig(model=str(folder), precision=Precision.bf16), head=False)
+    whole = load_whole_teacher(TeacherConfig(model=str(folder), precision=Precision.bf16), head=Head.none)
     stored = load_file(folder / "model.safetensors")
     for name, value in whole.state_dict().items():
         assert torch.equal(value, stored[name])

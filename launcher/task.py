@@ -1,0 +1,93 @@
+"""Task distillation: ``deepspeed launcher/task.py --config configs/task_sst2.yaml stage=teacher [key=value ...]``.
+
+Stages, in this order: ``data`` and, optionally, ``augment`` build the task's corpora; ``teacher`` fine-tunes
+the teacher; ``intermediate`` and ``prediction`` distil it; ``baseline`` fine-tunes the same students without a
+teacher. ``configs/task_schema.py`` says where each leaves its result. All but ``data`` run alike under
+``deepspeed``, ``torchrun``, ``srun`` and plain ``python``; started again, each goes on where it was.
+"""
+
+import gc
+import sys
+from pathlib import Path
+
+if __package__ in (None, ""):  # as in launcher/general.py
+    gc.disable()
+    sys.path[0] = str(Path(__file__).resolve().parents[1])
+    import configs  # noqa: F401
+
+import argparse
+import logging
+import os
+
+from configs.load import ConfigError, load_config
+from configs.student_schema import StudentConfig
+from configs.task import STAGES, TRAINING, stage_config
+from configs.task_schema import TaskConfig
+from launcher import job
+from sharding import task_corpus
+from trainer import augmentation, encoders, exits, meeting, shapes, world
+from trainer.clock import Stations
+
+log = logging.getLogger("distil")
+
+
+def main() -> int:
+    """Run one stage; return the exit code, see ``trainer.exits``."""
+    stations = Stations()
+    stations.passed("imports")
+    gc.freeze()
+    gc.enable()
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--config", help="YAML file, see configs/")
+    job.add_arguments(parser)
+    arguments = parser.parse_args()
+    return job.guarded(lambda: run(arguments, stations))
+
+
+def run(arguments: argparse.Namespace, stations: Stations) -> int:
+    """Do the stage that the arguments name."""
+    place = world.find(os.environ)
+
+    def load() -> tuple[str, TaskConfig]:
+        named = [text.partition("=")[2] for text in arguments.overrides if text.startswith("stage=")]
+        others = [text for text in arguments.overrides if not text.startswith("stage=")]
+        if len(named) != 1 or named[0] not in STAGES:
+            raise ConfigError([f"stage={','.join(named) or 'nothing'}: give one of stage={'|'.join(STAGES)}"])
+        return named[0], load_config(TaskConfig, arguments.config, others)
+
+    stage, config = meeting.or_tell(place, os.environ, None, load)
+    if stage == "data":
+        if place.size > 1:
+            raise ConfigError([f"stage=data runs in one process, not in {place.size}: start it with python"])
+        manifest = task_corpus.build(config)
+        log.info("corpus %s, fingerprint %s", config.corpus or f"{config.output}/data", manifest.fingerprint)
+        return exits.DONE
+    if stage == "augment":
+        meeting.connect(place, os.environ, config.timeouts)
+        augmentation.augment(config, place)
+        world.disconnect()
+        return exits.DONE
+    assert stage in TRAINING
+    students = meeting.or_tell(place, os.environ, None, lambda: learners(config, stage))
+    return job.distil(stage_config(config, stage, students), stations, arguments.profile_steps)
+
+
+def learners(config: TaskConfig, stage: str) -> list[StudentConfig]:
+    """Return who learns in a stage: the students, or the teacher itself.
+
+    Raises:
+        ValueError: there are none, or the teacher cannot be read.
+    """
+    if stage == "teacher":
+        return [
+            shapes.as_student("teacher", config.teacher.model, encoders.load_teacher_config(config.teacher))
+        ]
+    if not config.students:
+        raise ConfigError([f"students is empty, and stage={stage} trains them; name at least one"])
+    return config.students
+
+
+if __name__ == "__main__":
+    exits.leave(main())
