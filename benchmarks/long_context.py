@@ -25,7 +25,7 @@ from benchmarks.harness import Report, interleaved_medians, parse_arguments, pea
 from configs.student_schema import Projection
 from trainer.capture import Captured, capture
 from trainer.encoders import new_encoder
-from trainer.layout import Layout
+from trainer.layout import Counts, Layout
 from trainer.models import Student
 from trainer.transfer import Transfer, denominators, distil, student_need, teacher_need, total, weights
 
@@ -77,7 +77,7 @@ def make_step(seq_len: int, way: str) -> Callable[[], None]:
     optimizer = torch.optim.AdamW(student.parameters(), lr=1e-4, fused=True)
     ids_BS = torch.randint(5, VOCABULARY, (1, seq_len), device=device)
     layout = Layout(torch.ones_like(ids_BS, dtype=torch.bool), full=True)
-    counted = denominators(TRANSFER, seq_len, seq_len**2, TEACHER_WIDTH)
+    counted = denominators(TRANSFER, Counts(seq_len, seq_len**2, 1), TEACHER_WIDTH)
     losses = {
         "ours": lambda s, t: distil(s, t, layout, TRANSFER),
         "scores": lambda s, t: score_matrices(s, t, layout),

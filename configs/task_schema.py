@@ -15,6 +15,7 @@ The stages, each of which reads what the ones before left under ``output``:
 
 from dataclasses import dataclass, field
 from enum import Enum
+from typing import Any
 
 from omegaconf import MISSING
 
@@ -169,7 +170,9 @@ class TaskConfig:
     seq_len: int = 128
     """Most tokens in a row; published: 64 for single sentences, 128 for pairs."""
     teacher: TeacherConfig = field(default_factory=TeacherConfig)
-    """The pretrained teacher, from which the stage ``teacher`` starts; its tokenizer serves all stages."""
+    """The pretrained teacher, from which the stage ``teacher`` starts; its tokenizer serves all."""
+    teacher_overrides: dict[str, Any] = field(default_factory=dict)
+    """Keys of the teacher's ``transformers`` config when it is fine-tuned: ``hidden_dropout_prob`` ...."""
     students: list[StudentConfig] = field(default_factory=list)
     """The students; ``init`` is the export of a general student, or ``random``."""
     corpus: str | None = None

@@ -1,8 +1,8 @@
-"""Task distillation: ``deepspeed launcher/task.py --config configs/task_sst2.yaml stage=teacher [key=value ...]``.
+"""Task distillation: ``deepspeed launcher/task.py --config configs/task.yaml stage=teacher [key=value ...]``.
 
 Stages, in this order: ``data`` and, optionally, ``augment`` build the task's corpora; ``teacher`` fine-tunes
-the teacher; ``intermediate`` and ``prediction`` distil it; ``baseline`` fine-tunes the same students without a
-teacher. ``configs/task_schema.py`` says where each leaves its result. All but ``data`` run alike under
+the teacher; ``intermediate`` and ``prediction`` distil it; ``baseline`` fine-tunes the same students without
+a teacher. ``configs/task_schema.py`` says where each leaves its result. All but ``data`` run alike under
 ``deepspeed``, ``torchrun``, ``srun`` and plain ``python``; started again, each goes on where it was.
 """
 
@@ -18,6 +18,7 @@ if __package__ in (None, ""):  # as in launcher/general.py
 import argparse
 import logging
 import os
+from dataclasses import replace
 
 from configs.load import ConfigError, load_config
 from configs.student_schema import StudentConfig
@@ -25,7 +26,7 @@ from configs.task import STAGES, TRAINING, stage_config
 from configs.task_schema import TaskConfig
 from launcher import job
 from sharding import task_corpus
-from trainer import augmentation, encoders, exits, meeting, shapes, world
+from trainer import encoders, exits, meeting, shapes, world
 from trainer.clock import Stations
 
 log = logging.getLogger("distil")
@@ -66,6 +67,8 @@ def run(arguments: argparse.Namespace, stations: Stations) -> int:
         return exits.DONE
     if stage == "augment":
         meeting.connect(place, os.environ, config.timeouts)
+        from trainer import augmentation
+
         augmentation.augment(config, place)
         world.disconnect()
         return exits.DONE
@@ -81,9 +84,9 @@ def learners(config: TaskConfig, stage: str) -> list[StudentConfig]:
         ValueError: there are none, or the teacher cannot be read.
     """
     if stage == "teacher":
-        return [
-            shapes.as_student("teacher", config.teacher.model, encoders.load_teacher_config(config.teacher))
-        ]
+        shape = encoders.load_teacher_config(config.teacher)
+        own = shapes.as_student("teacher", config.teacher.model, shape)
+        return [replace(own, overrides=config.teacher_overrides)]
     if not config.students:
         raise ConfigError([f"students is empty, and stage={stage} trains them; name at least one"])
     return config.students

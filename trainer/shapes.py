@@ -16,7 +16,7 @@ from trainer.checkpoint import is_student
 from trainer.encoders import new_encoder, read_config
 from trainer.layer_map import resolve
 from trainer.task_loss import REGRESSION, SPANS
-from trainer.transfer import Relation, Transfer
+from trainer.transfer import Relation, Transfer, head_of
 
 
 def check_students(
@@ -255,7 +255,9 @@ def _check_config(
         _check_same(student.init, asked, config, [*keys, "num_hidden_layers"])
     else:
         with torch.device("meta"):  # proves that it can be made and captured, without its memory
-            new_encoder(encoder_config(student, teacher, task), transfer(student, teacher, task).head)
+            losses, kind = student.losses, task.kind if task is not None else None
+            head = head_of(losses.prediction, losses.logits, losses.labels, kind)
+            new_encoder(encoder_config(student, teacher, task), head)
     if config.vocab_size < teacher.vocab_size:
         raise ValueError(f"vocab_size {config.vocab_size} is below the teacher's {teacher.vocab_size}")
     if student.losses.prediction and config.vocab_size != teacher.vocab_size:

@@ -80,11 +80,16 @@ class Transfer:
     @property
     def head(self) -> Head:
         """What the student has on top."""
-        if self.prediction:
-            return Head.masked_lm
-        if not self.logits and not self.labels:
-            return Head.none
-        return Head.spans if self.task == SPANS else Head.sequence
+        return head_of(self.prediction, self.logits, self.labels, self.task)
+
+
+def head_of(prediction: float, logits: float, labels: float, task: str | None) -> Head:
+    """Return the head that losses of these weights need."""
+    if prediction:
+        return Head.masked_lm
+    if not logits and not labels:
+        return Head.none
+    return Head.spans if task == SPANS else Head.sequence
 
 
 def weights(transfer: Transfer) -> dict[str, float]:

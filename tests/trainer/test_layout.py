@@ -78,11 +78,14 @@ def test_tokens_have_the_same_number_within_a_document_only(rows):
 def test_counts_are_those_of_the_loop(rows):
     ids_BS, length_B = tensors(rows)
     expected = [
-        [length, sum((end - first) ** 2 for first, end in documents_of(row, length))] for row, length in rows
+        [length, sum((end - first) ** 2 for first, end in documents_of(row, length)), int(length > 0)]
+        for row, length in rows
     ]
-    counts_B2 = row_counts(ids_BS, length_B, SEPARATOR)
-    assert counts_B2.tolist() == expected and counts_B2.dtype == torch.int64
-    assert row_counts(ids_BS, length_B).tolist() == [[length, length**2] for _, length in rows]
+    counts_B3 = row_counts(ids_BS, length_B, SEPARATOR)
+    assert counts_B3.tolist() == expected and counts_B3.dtype == torch.int64
+    assert row_counts(ids_BS, length_B).tolist() == [
+        [length, length**2, int(length > 0)] for _, length in rows
+    ]
 
 
 def test_rows_that_are_one_document():

@@ -7,7 +7,7 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from trainer.attention_loss import attention_error_sum, common_heads, group_heads, grouped_scaling
-from trainer.losses import cosine_distance_sum, soft_cross_entropy_sum, squared_error_sum
+from trainer.losses import cosine_distance_sum, squared_error_sum
 
 both_methods = pytest.mark.parametrize("method", ["gram", "direct"])
 
@@ -49,17 +49,6 @@ def test_attention_error_by_hand(method):
     # A_S - A_T = [[2, -3], [5, -2]];  squares 4 + 9 + 25 + 4
     loss = attention_error_sum(q_S, k_S, q_T, k_T, 1.0, 0.5, torch.tensor([[1, 1, 0]]), method)
     assert loss.item() == 42.0
-
-
-def test_soft_cross_entropy_by_hand():
-    # t = 2. Teacher [2 log 3, 0] / 2 -> softmax 3/4, 1/4. Student [0, 0] -> log(1/2) both: loss log 2.
-    # Second row: teacher [0, 0] -> 1/2, 1/2; student [2 log 3, 0] / 2 -> log 3/4, log 1/4.
-    up = 2 * math.log(3)
-    student, teacher = torch.tensor([[0.0, 0.0], [up, 0.0]]), torch.tensor([[up, 0.0], [0.0, 0.0]])
-    first, second = math.log(2), -(math.log(3 / 4) + math.log(1 / 4)) / 2
-    assert soft_cross_entropy_sum(student, teacher, 2.0).item() == pytest.approx(first + second, rel=1e-6)
-    masked = soft_cross_entropy_sum(student, teacher, 2.0, mask=torch.tensor([1, 0]))
-    assert masked.item() == pytest.approx(first, rel=1e-6)
 
 
 # Heads
@@ -203,7 +192,6 @@ def test_gradcheck_of_the_other_losses():
     x, y, mask = normal(2, 3, 4, seed=1).requires_grad_(), normal(2, 3, 4, seed=2), lengths_to_mask([3, 1], 3)
     assert torch.autograd.gradcheck(lambda x: squared_error_sum(x, y, mask), (x,))
     assert torch.autograd.gradcheck(lambda x: cosine_distance_sum(x, y, mask), (x,))
-    assert torch.autograd.gradcheck(lambda x: soft_cross_entropy_sum(x, y, 1.5, mask), (x,))
 
 
 def test_auto_takes_the_smaller_form():

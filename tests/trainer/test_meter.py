@@ -44,9 +44,9 @@ def test_losses_by_corpus_by_hand(group):
     meter.add(
         {"embedding": tensor([4.0, 5.0]), "attention/1": tensor([8.0, 3.0])},
         tensor([0, 1]),
-        tensor([[2, 4], [1, 1]]),
+        tensor([[2, 4, 1], [1, 1, 1]]),
     )
-    meter.add({"embedding": tensor([6.0]), "attention/1": tensor([5.0])}, tensor([0]), tensor([[3, 9]]))
+    meter.add({"embedding": tensor([6.0]), "attention/1": tensor([5.0])}, tensor([0]), tensor([[3, 9, 1]]))
     means = meter.means(CPU)
     assert means["embedding"] == 15 / (6 * 2) and means["attention/1"] == pytest.approx(16 / (4 + 1 + 9))
     assert means["total"] == pytest.approx(2 * 15 / 12 + 16 / 14)
@@ -55,7 +55,7 @@ def test_losses_by_corpus_by_hand(group):
     assert means["corpus/wiki/total"] == pytest.approx(3.0)
     assert means["corpus/books/total"] == pytest.approx(2 * 2.5 + 3.0)
     assert not [key for key in means if "unread" in key]
-    meter.add({"embedding": tensor([2.0]), "attention/1": tensor([1.0])}, tensor([2]), tensor([[1, 1]]))
+    meter.add({"embedding": tensor([2.0]), "attention/1": tensor([1.0])}, tensor([2]), tensor([[1, 1, 1]]))
     assert {key for key in meter.means(CPU) if "/total" in key} == {"corpus/unread/total"}
 
 

@@ -7,8 +7,8 @@ import torch
 
 from tests.trainer.test_losses import lengths_to_mask, normal
 from trainer.attention_loss import common_heads
-from trainer.capture import Captured, Need, Prediction
-from trainer.layout import Layout, layout, row_counts
+from trainer.capture import Captured, Head, Need, Prediction
+from trainer.layout import Counts, Layout, layout, row_counts
 from trainer.transfer import (
     Relation,
     Transfer,
@@ -22,14 +22,15 @@ from trainer.transfer import (
 
 
 def test_counts_by_hand():
-    counts_B2 = row_counts(torch.zeros(3, 5), torch.tensor([3, 1, 4]))
-    assert counts_B2.tolist() == [[3, 9], [1, 1], [4, 16]] and counts_B2.dtype == torch.int64
+    counts_B3 = row_counts(torch.zeros(4, 5), torch.tensor([3, 1, 4, 0]))
+    assert counts_B3.tolist() == [[3, 9, 1], [1, 1, 1], [4, 16, 1], [0, 0, 0]]
+    assert counts_B3.dtype == torch.int64
 
 
 def test_denominators_of_the_other_terms_by_hand():
     relation = Relation(weight=1.0, heads=4, student_layer=1, teacher_layer=2)
     transfer = Transfer((2,), 3, 0.0, 0.0, 0.0, (1.0,), cosine=1.0, relation=relation, prediction=1.0)
-    assert denominators(transfer, tokens=10, pairs=20, teacher_hidden_size=5) == {
+    assert denominators(transfer, Counts(10, 20, 4), teacher_hidden_size=5) == {
         "cosine/1": 10,
         "relation/qq": 40,
         "relation/kk": 40,
@@ -50,7 +51,7 @@ def test_total_by_hand():
         "hidden/2": 50.0,  # 1 * 3 * 50 / 50 = 3
         "attention/2": 60.0,  # 0.5 * 3 * 60 / 60 = 1.5
     }
-    counts = denominators(transfer, tokens=10, pairs=20, teacher_hidden_size=5)
+    counts = denominators(transfer, Counts(10, 20, 4), teacher_hidden_size=5)
     assert list(counts) == list(weights(transfer)) == list(sums)
     tensors = {key: torch.tensor(value) for key, value in sums.items()}
     assert total(tensors, counts, weights(transfer)).item() == pytest.approx(10.0)
@@ -160,8 +161,8 @@ def step(seq_len, padding=0.0, micro_batches=(slice(None),), separator=None):
     """Sums of the global batch, and gradients of the total with global denominators, accumulated."""
     student, teacher, _ = models(seq_len, padding)
     ids_BS, length_B = row_ids(seq_len), torch.tensor(LENGTHS)
-    tokens, pairs = row_counts(ids_BS, length_B, separator).sum(dim=0).tolist()
-    counts = denominators(EVERYTHING, tokens, pairs, WIDTH)
+    counted = Counts(*row_counts(ids_BS, length_B, separator).sum(dim=0).tolist())
+    counts = denominators(EVERYTHING, counted, WIDTH)
     sums = dict.fromkeys(weights(EVERYTHING), 0.0)
     for rows in micro_batches:
         where = layout(ids_BS[rows], length_B[rows], separator)
@@ -259,7 +260,7 @@ def test_the_total_is_the_mean_over_valid_elements():
         score_T = teacher.queries[g - 1] @ teacher.keys[g - 1].mT / math.sqrt(4)
         valid = (mask[:, :, None] & mask[:, None, :])[:, None].expand_as(score_S)
         expected = expected + 2.0 * layer_weight * (score_S - score_T)[valid].square().mean()
-    counts = denominators(TRANSFER, tokens, pairs, WIDTH)
+    counts = denominators(TRANSFER, Counts(tokens, pairs, len(mask)), WIDTH)
     result = total(distil(student, teacher, Layout(mask, full=False), TRANSFER), counts, weights(TRANSFER))
     torch.testing.assert_close(result, expected, rtol=1e-12, atol=0)
 
@@ -273,7 +274,7 @@ def test_terms_of_weight_zero_are_not_computed():
     student.hidden[:2], student.queries, student.keys = [None, None], [None] * 3, [None] * 3
     student.prediction = None
     assert list(distil(student, teacher, Layout(mask, full=False), hidden_only)) == ["hidden/2", "hidden/3"]
-    assert list(denominators(hidden_only, 4, 4, 4)) == ["hidden/2", "hidden/3"]
+    assert list(denominators(hidden_only, Counts(4, 4, 4), 4)) == ["hidden/2", "hidden/3"]
     with pytest.raises(AssertionError, match="left out a layer"):
         distil(student, teacher, Layout(mask, full=False), TRANSFER)
 
@@ -285,7 +286,7 @@ def test_needed_layers_are_those_of_all_students():
     assert teacher_need([only_attention, TRANSFER]) == Need(frozenset({0, 2, 3}), frozenset({2, 3, 9}))
     assert teacher_need([]) == Need()
     assert student_need(TRANSFER) == Need(frozenset({0, 1, 3}), frozenset({1, 3}))
-    values = {"values": frozenset({3}), "prediction": True}
+    values = {"values": frozenset({3}), "head": Head.masked_lm}
     assert teacher_need([EVERYTHING]) == Need(frozenset({0, 2, 3}), frozenset({2, 3}), **values)
     values["values"] = frozenset({2})
     assert student_need(EVERYTHING) == Need(frozenset({0, 1, 3}), frozenset({1, 2, 3}), **values)
