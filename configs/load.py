@@ -16,13 +16,14 @@ from omegaconf import MISSING, DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from configs.corpus_schema import CorpusConfig
+from configs.evaluate_schema import EvaluateConfig
 from configs.public import public_values
 from configs.schema import RunConfig
 from configs.task import check_task
 from configs.task_schema import TaskConfig
-from configs.validate import check_corpus, check_run
+from configs.validate import check_corpus, check_evaluate, check_run
 
-Config = TypeVar("Config", RunConfig, CorpusConfig, TaskConfig)
+Config = TypeVar("Config", RunConfig, CorpusConfig, TaskConfig, EvaluateConfig)
 
 
 class ConfigError(ValueError):
@@ -38,7 +39,7 @@ def load_config(schema: type[Config], path: str | Path | None, overrides: Sequen
     """Return the resolved config: the schema's defaults, then the YAML at ``path``, then ``key=value``.
 
     Args:
-        schema: ``RunConfig``, ``CorpusConfig`` or ``TaskConfig``.
+        schema: ``RunConfig``, ``CorpusConfig``, ``TaskConfig`` or ``EvaluateConfig``.
         path: YAML file, or None for defaults and overrides alone.
         overrides: ``section.key=value``, the value read as YAML; list items by index,
             ``students.0.optimizer.lr=3e-4``.
@@ -77,9 +78,11 @@ def from_dict(schema: type[Config], tree: Any, problems: Sequence[str] = ()) -> 
     return config
 
 
-def _check(config: RunConfig | CorpusConfig | TaskConfig) -> list[str]:
+def _check(config: RunConfig | CorpusConfig | TaskConfig | EvaluateConfig) -> list[str]:
     if isinstance(config, TaskConfig):
         return check_task(config)
+    if isinstance(config, EvaluateConfig):
+        return check_evaluate(config)
     return check_run(config) if isinstance(config, RunConfig) else check_corpus(config)
 
 

@@ -9,6 +9,7 @@ from collections import Counter
 
 from configs.corpus_schema import CorpusConfig, SourceKind
 from configs.deepspeed import DERIVED, conflicts, micro_batches
+from configs.evaluate_schema import EvaluateConfig
 from configs.schema import (
     DataConfig,
     Offload,
@@ -93,6 +94,38 @@ def check_corpus(config: CorpusConfig) -> list[str]:
         problems.append(f"shuffle_seed={config.shuffle_seed} must be at least 0 and below 2**64, or null")
     if config.source.kind is not SourceKind.text and config.source.one_per_line:
         problems.append("source.one_per_line=true goes with source.kind=text only")
+    return problems
+
+
+def check_evaluate(config: EvaluateConfig) -> list[str]:
+    """Return every problem of an evaluation's config."""
+    latency, arms = config.latency, {arm for task in config.tasks for arm in task.arms}
+    problems = _positive(
+        ("batch_rows", config.batch_rows, 1),
+        ("latency.seq_len", latency.seq_len, 1),
+        ("latency.repeats", latency.repeats, 1),
+        ("latency.threads", latency.threads, 1),
+        *((f"latency.batch_rows.{number}", rows, 1) for number, rows in enumerate(latency.batch_rows)),
+    )
+    if not latency.batch_rows:
+        problems.append("latency.batch_rows=[] must hold at least one number of rows")
+    if not config.aim > 0:
+        problems.append(f"aim={config.aim} must be above 0: it is a share of the teacher's score")
+    for arm in sorted(arms):
+        if not _NAME.fullmatch(arm) or arm == "teacher":
+            problems.append(
+                f"tasks: the arm {arm!r} must be letters, digits, '-', '_' and '.', and not 'teacher'"
+            )
+    for number, task in enumerate(config.tasks):
+        empty = [arm for arm, models in task.arms.items() if not models]
+        problems += [
+            f"tasks.{number}.arms.{arm} names no model; name a folder, or leave it out" for arm in empty
+        ]
+    problems += [
+        f"ship: no task has the arm {arm!r}; its arms are {', '.join(sorted(arms)) or 'missing'}"
+        for arm in config.ship
+        if arm not in arms
+    ]
     return problems
 
 

@@ -13,13 +13,14 @@ ROOMS = ["configs", "sharding", "trainer", "launcher"]  # each may import itself
 
 HOMES = {
     "deepspeed": {"trainer/engine.py"},
-    "mlflow": {"trainer/tracking.py"},
+    "mlflow": {"trainer/tracking.py", "trainer/registry.py"},
     "webdataset": {"sharding/shards.py", "sharding/tars.py"},
     "omegaconf": {
         "configs/schema.py",
         "configs/student_schema.py",
         "configs/corpus_schema.py",
         "configs/task_schema.py",
+        "configs/evaluate_schema.py",
         "configs/load.py",
     },
 }

@@ -8,12 +8,12 @@ from pathlib import Path
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from transformers import AutoTokenizer, PreTrainedModel
+from transformers import PreTrainedConfig, PreTrainedModel
 
 from sharding.labels import task_of
 from sharding.manifest import Corpus, TaskInfo
 from sharding.stream import sequential
-from sharding.tokens import check_tokenizer
+from sharding.tokens import check_tokenizer, load_tokenizer
 from trainer.served import Forward, load_served
 
 SORTED_BATCHES = 64
@@ -35,17 +35,17 @@ def load_model(folder: str | Path, corpus: Corpus) -> PreTrainedModel:
             f"model {folder} is a {type(model).__name__}, task {task.name} needs one {head}; name the export "
             "of a stage that trains a head: teacher, prediction or baseline"
         )
-    check_tokenizer(corpus.manifest, AutoTokenizer.from_pretrained(folder, trust_remote_code=False))
-    check_outputs(str(folder), model.config.id2label, task)
+    check_tokenizer(corpus.manifest, load_tokenizer(str(folder), None))
+    check_outputs(str(folder), model.config, task)
     return model
 
 
-def check_outputs(name: str, id2label: dict[int, str], task: TaskInfo) -> None:
+def check_outputs(name: str, config: PreTrainedConfig, task: TaskInfo) -> None:
     """Raise ValueError unless a model's outputs are the task's, as far as their names tell.
 
     Names that the task does not know (``LABEL_0``) tell the number alone; the scores have to tell the rest.
     """
-    outputs = [id2label[number] for number in sorted(id2label)]
+    outputs = [label for _, label in sorted((config.id2label or {}).items())]
     expected = {"classification": len(task.labels), "regression": 1, "spans": 2}[task.kind]
     if len(outputs) != expected:
         raise ValueError(
