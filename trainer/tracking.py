@@ -98,7 +98,7 @@ class Run:
     def __init__(self, client: MlflowClient, uri: str, stored: StoredRun, system_metrics: bool) -> None:
         self.id: str = stored.info.run_id
         self._client = client
-        self._uri = uri
+        self.uri = uri
         self._experiment_id = stored.info.experiment_id
         # Last step the store holds of every metric: a resumed run trains some steps again.
         self._last_step = {metric.key: metric.step for metric in stored.data.to_proto().metrics}
@@ -165,7 +165,7 @@ class Run:
     @property
     def url(self) -> str:
         """Where a person looks at the run: its page on the server, or the command that shows the store."""
-        uri = public(self._uri)
+        uri = public(self.uri)
         if uri.startswith("http"):
             page = f"/#/experiments/{self._experiment_id}/runs/{self.id}"
             return f"{uri.rstrip('/')}{page}?workflowType=machine_learning"  # else MLflow 3 opens on GenAI
