@@ -56,8 +56,7 @@ def make_shard(recipe: RowRecipe, job: ShardJob) -> tuple[int, int]:
     Raises: CorpusError for a run that is damaged; OSError when the disk does.
     """
     shard = write_shard(job.corpus, job.path, _blocks(recipe, job))
-    with new_file(job.marker) as file:
-        file.write(json.dumps({"documents": job.run.size, "shard": asdict(shard)}).encode())
+    mark_finished(job.marker, job.run.size, shard)
     return job.run.size, job.tokens
 
 
@@ -76,6 +75,12 @@ def _blocks(recipe: RowRecipe, job: ShardJob) -> Iterator[Rows]:
     for at in job.run.tolist():
         yield from packer.add(next(of_run[at]))
     yield from packer.finish()
+
+
+def mark_finished(marker: Path, documents: int, shard: Shard) -> None:
+    """Note that a shard of so many documents is complete."""
+    with new_file(marker) as file:
+        file.write(json.dumps({"documents": documents, "shard": asdict(shard)}).encode())
 
 
 def finished_shard(marker: Path, corpus: Path, path: str) -> tuple[int, Shard] | None:
