@@ -78,7 +78,7 @@ def register(
             )
         except Exception as error:  # every store fails in its own way
             raise TrackingError(
-                f"model {name} could not be registered in {public(run.uri)}: {public(str(error))}. {folder} "
+                f"model {name} could not be registered in {public(run.uri)}: {public(str(error)).rstrip('.')}. {folder} "
                 "is complete: register it later with the same command, or leave it out (--no-registry)"
             ) from error
     return f"models:/{name}/{version.version}"
