@@ -53,7 +53,7 @@ class WordVectors:
                     continue
                 vector = np.array(numbers.split(), dtype=np.float32)
                 if vector.size < 2 or (vectors and vector.size != vectors[0].size):
-                    raise ValueError(f"line {number} has {vector.size} numbers, unlike those before")
+                    raise ValueError(f"line {number} has {vector.size} numbers, unlike the others")
                 words[word] = len(vectors)
                 vectors.append(vector)
         except (OSError, ValueError, lzma.LZMAError, zipfile.BadZipFile, EOFError) as error:
