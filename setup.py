@@ -28,6 +28,7 @@ setup(
         "pyyaml>=6",
         "rich>=13",
         "safetensors>=0.4",
+        "scikit-learn>=1.4",
         "scipy>=1.11",
         "tenacity>=9",
         "tokenizers>=0.20",

@@ -208,6 +208,19 @@ class EvaluationConfig:
 
 
 @dataclass
+class ProbeConfig:
+    """Linear probes: what students' last hidden states tell of small tasks, logged beside the losses."""
+
+    every_steps: int | None = None
+    """Probe after every so many optimizer steps, and at the start (the teacher too) and the end; not set:
+    never."""
+    tasks: list[str] = field(default_factory=list)
+    """Folders of task corpora (classification or regression), built with the teacher's tokenizer."""
+    rows: int = 2048
+    """Training rows of a task to learn from, evenly spaced; its held-out rows up to 2,048 judge."""
+
+
+@dataclass
 class CheckpointConfig:
     """When the run is saved and how many saves are kept."""
 
@@ -282,6 +295,8 @@ class RunConfig:
     """DeepSpeed."""
     evaluation: EvaluationConfig = field(default_factory=EvaluationConfig)
     """Held-out evaluation."""
+    probes: ProbeConfig = field(default_factory=ProbeConfig)
+    """Probes on small tasks."""
     checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
     """Checkpoints."""
     timeouts: TimeoutConfig = field(default_factory=TimeoutConfig)

@@ -146,6 +146,8 @@ def _check_lengths(config: RunConfig) -> list[str]:
         ("evaluation.every_steps", config.evaluation.every_steps, 1),
         ("train.max_rollbacks", train.max_rollbacks, 1),
         ("evaluation.rows", config.evaluation.rows, 1),
+        ("probes.every_steps", config.probes.every_steps, 1),
+        ("probes.rows", config.probes.rows, 2),
         ("checkpoint.every_steps", config.checkpoint.every_steps, 1),
         ("checkpoint.keep_last", config.checkpoint.keep_last, 1),
         ("checkpoint.keep_every_steps", config.checkpoint.keep_every_steps, 1),
@@ -154,6 +156,11 @@ def _check_lengths(config: RunConfig) -> list[str]:
     if (train.epochs is None) == (train.steps is None):
         problems.append(
             f"train.epochs={train.epochs} and train.steps={train.steps}: set exactly one of the two"
+        )
+    if (config.probes.every_steps is None) != (not config.probes.tasks):
+        problems.append(
+            f"probes.every_steps={config.probes.every_steps} and probes.tasks with {len(config.probes.tasks)} "
+            "corpora: set both, or none"
         )
     if not 0 < train.rollback_lr_factor < 1:
         problems.append(

@@ -23,6 +23,7 @@ from trainer.flops import matrix_rate, student_row_flops, teacher_row_flops
 from trainer.loop import Run, Trainee, total_steps
 from trainer.meter import CorpusMeter, SpeedMeter
 from trainer.models import build_student
+from trainer.probes import open_probes
 from trainer.rollback import restore
 from trainer.task_loss import SPANS
 from trainer.teacher import load_teacher
@@ -71,6 +72,7 @@ def build(
         columns=columns,
         trim=not config.teacher.compile and not any(student.compile for student in config.students),
         teacher_score=teacher_score,
+        probes=open_probes(config.probes, config.teacher),
     )
 
 

@@ -7,6 +7,7 @@ from sharding.corpora import Corpora, open_corpora
 from sharding.tokens import check_tokenizer
 from trainer import encoders, memory, models, shapes
 from trainer.memory import Memory
+from trainer.probes import open_probes
 from trainer.teacher import check_machine
 from trainer.transfer import teacher_need
 from trainer.world import World
@@ -31,6 +32,10 @@ def check(config: RunConfig, place: World) -> Corpora:
         encoders.check_sha256(config.teacher)
     except ValueError as error:
         problems.append(str(error))
+    try:
+        open_probes(config.probes, config.teacher)
+    except ValueError as error:
+        problems.append(f"probes: {error}")
     for corpus in corpora.corpora if corpora is not None else ():
         if config.evaluation.every_steps and "heldout" not in corpus.manifest.splits:
             problems.append(

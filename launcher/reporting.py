@@ -9,8 +9,6 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from transformers import PreTrainedConfig
-
 from configs.load import to_dict
 from configs.schema import RunConfig
 from launcher import provenance
@@ -19,6 +17,7 @@ from sharding.corpora import Corpora
 from trainer import checkpoint as checkpoints
 from trainer.checkpoint import Checkpoint, Progress
 from trainer.clock import Stations
+from trainer.encoders import attention_dropout
 from trainer.loop import Run
 from trainer.rollback import roll_back
 from trainer.saving import Saved, Writer
@@ -29,6 +28,8 @@ from trainer.world import on_main, set_timeouts
 
 log = logging.getLogger("distil")
 
+Figures = Mapping[str, dict[str, float]]
+"""By student and key."""
 KINDS = ("embedding", "hidden", "cosine", "attention", "relation", "prediction", "logits", "labels")
 
 
@@ -177,9 +178,7 @@ class Reporter:
             scores = {f"teacher/{name}": value for name, value in run.teacher_score.items()}
             self.tracked.run.log_metrics(scores, run.progress.step)
 
-    def logged(
-        self, progress: Progress, speed: Mapping[str, float], students: Mapping[str, dict[str, float]]
-    ) -> None:
+    def logged(self, progress: Progress, speed: Mapping[str, float], students: Figures) -> None:
         """Print one line per student and log everything."""
         if not self.world.is_main:
             return
@@ -205,7 +204,7 @@ class Reporter:
             for student, figures in students.items():
                 self.tracked.students[student].log_metrics(figures, progress.step)
 
-    def evaluated(self, progress: Progress, students: Mapping[str, dict[str, float]]) -> None:
+    def evaluated(self, progress: Progress, students: Figures) -> None:
         """Print, keep in ``evaluations.jsonl`` and log the held-out losses."""
         self.heldout = progress.step, {name: losses["total"] for name, losses in students.items()}
         if not self.world.is_main:
@@ -222,13 +221,28 @@ class Reporter:
             )
             if scores := {key.removeprefix("score/"): losses[key] for key in losses if "score/" in key}:
                 log.info("step %d/%d %s  %s", progress.step, self.run.total_steps, student, in_words(scores))
-            entry = {"step": progress.step, "student": student, "losses": losses}
-            with (self.folder / "evaluations.jsonl").open("a", encoding="utf-8") as file:
-                file.write(json.dumps(entry) + "\n")
+        self._keep("evaluations.jsonl", "losses", "heldout", progress.step, students)
+
+    def probed(self, progress: Progress, teacher: Mapping[str, float], students: Figures) -> None:
+        """Print, keep in ``probes.jsonl`` and log the probes' scores."""
+        if not self.world.is_main:
+            return
+        for name, scores in [*([("teacher", teacher)] if teacher else []), *students.items()]:
+            told = ", ".join(f"{key} {value:.4f}" for key, value in scores.items())
+            log.info("step %d/%d %s  probes %s", progress.step, self.run.total_steps, name, told)
+        self._keep("probes.jsonl", "scores", "probe", progress.step, students)
         if self.tracked is not None:
-            for student, losses in students.items():
-                figures = {f"heldout/{key}": value for key, value in losses.items()}
-                self.tracked.students[student].log_metrics(figures, progress.step)
+            of_teacher = {f"probe/teacher/{key}": value for key, value in teacher.items()}
+            self.tracked.run.log_metrics(of_teacher, progress.step)
+
+    def _keep(self, file: str, what: str, prefix: str, step: int, students: Figures) -> None:
+        """Keep every student's values as a line of a file, and log them under ``prefix/``."""
+        for student, values in students.items():
+            with (self.folder / file).open("a", encoding="utf-8") as lines:
+                lines.write(json.dumps({"step": step, "student": student, what: values}) + "\n")
+            if self.tracked is not None:
+                figures = {f"{prefix}/{key}": value for key, value in values.items()}
+                self.tracked.students[student].log_metrics(figures, step)
 
     def event(self, event: str, **facts: Any) -> None:
         """Keep what happened in the run's ``events.jsonl``."""
@@ -350,12 +364,6 @@ class Reporter:
         )
         taken = {"seconds": round(saved.seconds, 3), "stall_s": round(saved.stall_s, 3)}
         self.run_folder.event("saved", saved.step, **taken)
-
-
-def attention_dropout(config: PreTrainedConfig) -> str | None:
-    """Return the setting that drops out attention probabilities, None where nothing does."""
-    keys = ("attention_probs_dropout_prob", "attention_dropout")
-    return next((key for key in keys if getattr(config, key, 0.0)), None)
 
 
 def by_kind(figures: Mapping[str, float], prefix: str) -> str:

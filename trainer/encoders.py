@@ -150,6 +150,12 @@ def read_config(key: str, model: str, **settings: Any) -> PreTrainedConfig:
         ) from error
 
 
+def attention_dropout(config: PreTrainedConfig) -> str | None:
+    """Return the setting that drops out attention probabilities, None where nothing does."""
+    keys = ("attention_probs_dropout_prob", "attention_dropout")
+    return next((key for key in keys if getattr(config, key, 0.0)), None)
+
+
 def check_sha256(config: TeacherConfig) -> None:
     """Raise ValueError unless the weights file is the one that ``teacher.sha256`` names, if it names one."""
     if config.sha256 is None:

@@ -17,6 +17,7 @@ failed repeat bitwise what they did.
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Protocol
 
 import numpy as np
@@ -35,6 +36,7 @@ from trainer.interruption import Interruption
 from trainer.layout import Counts, row_counts
 from trainer.meter import CorpusMeter, LossMeter, SpeedMeter
 from trainer.models import Inputs
+from trainer.probes import ProbeTask, hidden_of_student, hidden_of_teacher, probe_tasks
 from trainer.profile import Profile
 from trainer.quarantine import mask_damaged
 from trainer.schedule import lr_multiplier
@@ -78,6 +80,11 @@ class Listener(Protocol):
     def evaluated(self, progress: Progress, students: Mapping[str, dict[str, float]]) -> None:
         """Held-out losses of every active student, by name."""
 
+    def probed(
+        self, progress: Progress, teacher: Mapping[str, float], students: Mapping[str, dict[str, float]]
+    ) -> None:
+        """Probes' scores, by task and metric: the teacher's, once, and those of every active student."""
+
     def retired(self, name: str, reason: str) -> None:
         """A student has failed; the others go on."""
 
@@ -112,6 +119,7 @@ class Run:
     """Cut off what is padding in all rows of a micro batch."""
     teacher_score: Mapping[str, float] = field(default_factory=dict)
     """A task teacher's own metrics on held-out rows."""
+    probes: list[ProbeTask] = field(default_factory=list)
     profile: Profile | None = None
     interruption: Interruption = field(default_factory=Interruption)
     beat: Callable[[str], object] = lambda place: None
@@ -155,6 +163,8 @@ def _train(run: Run, listener: Listener) -> str | None:
     first = progress.step + 1
     if progress.step == 0 and config.evaluation.every_steps is not None:
         _evaluate(run, listener)
+    if progress.step == 0 and run.probes:
+        _probe(run, listener)
     run.beat(f"the rows of step {first}")
     for batch in run.speed.timed(_batches(run)):
         run.beat(f"step {progress.step + 1}")
@@ -176,6 +186,8 @@ def _train(run: Run, listener: Listener) -> str | None:
             _log(run, listener)
         if _due(config.evaluation.every_steps, progress.step, end):
             _evaluate(run, listener)
+        if _due(config.probes.every_steps, progress.step, end):
+            _probe(run, listener)
         if _due(config.checkpoint.every_steps, progress.step, end) or progress.step == end or leaving:
             run.beat(f"saving step {progress.step}")
             listener.save(progress)
@@ -314,6 +326,24 @@ def _evaluate(run: Run, listener: Listener) -> None:
         trainee.engine.train(True)
     names = [trainee.config.name for trainee in active]
     listener.evaluated(run.progress, dict(zip(names, losses, strict=True)))
+
+
+def _probe(run: Run, listener: Listener) -> None:
+    probe = partial(
+        probe_tasks,
+        run.probes,
+        micro_batch_rows=run.config.train.micro_batch_rows,
+        world=run.world,
+        beat=lambda: run.beat(f"probes after step {run.progress.step}"),
+    )
+    teacher = {}
+    if run.progress.step == 0:
+        teacher = probe(hidden_of_teacher(run.config.teacher, run.world))
+    students = {}
+    for trainee in run.active:
+        with hidden_of_student(trainee.engine) as hidden:
+            students[trainee.config.name] = probe(hidden)
+    listener.probed(run.progress, teacher, students)
 
 
 def _batches(run: Run) -> Iterable[Batch]:

@@ -1,9 +1,8 @@
 """What people read."""
 
 import pytest
-from transformers import BertConfig, DistilBertConfig, ModernBertConfig
 
-from launcher.reporting import attention_dropout, by_kind, duration
+from launcher.reporting import by_kind, duration
 
 
 @pytest.mark.parametrize(
@@ -38,10 +37,3 @@ def test_losses_by_kind_are_means_over_layers():
         "loss/corpus/my.own/total": 8.0,
     }
     assert by_kind(figures, "loss/") == "embedding 1.0000 hidden 3.0000; wiki 7.0000 my.own 8.0000"
-
-
-def test_the_setting_that_drops_out_attention_is_named() -> None:
-    assert attention_dropout(BertConfig()) == "attention_probs_dropout_prob"
-    assert attention_dropout(BertConfig(attention_probs_dropout_prob=0.0)) is None
-    assert attention_dropout(DistilBertConfig()) == "attention_dropout"
-    assert attention_dropout(ModernBertConfig()) is None

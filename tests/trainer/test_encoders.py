@@ -7,11 +7,17 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from transformers import BertForMaskedLM
+from transformers import BertConfig, BertForMaskedLM, DistilBertConfig, ModernBertConfig
 
 from configs.schema import TeacherConfig
 from tests.trainer.tiny import tiny_config, tiny_encoder
-from trainer.encoders import check_sha256, load_encoder, load_teacher_config, load_tokenizer
+from trainer.encoders import (
+    attention_dropout,
+    check_sha256,
+    load_encoder,
+    load_teacher_config,
+    load_tokenizer,
+)
 
 
 @pytest.fixture
@@ -83,3 +89,10 @@ def test_folders_that_are_no_teacher(tmp_path, folder):
 def test_the_tokenizer_is_the_teachers(tiny_tokenizer):
     tokenizer = load_tokenizer(TeacherConfig(model=str(tiny_tokenizer)))
     assert tokenizer.is_fast and tokenizer("bade").input_ids == [2, tokenizer.vocab["bade"], 3]
+
+
+def test_the_setting_that_drops_out_attention_is_named() -> None:
+    assert attention_dropout(BertConfig()) == "attention_probs_dropout_prob"
+    assert attention_dropout(BertConfig(attention_probs_dropout_prob=0.0)) is None
+    assert attention_dropout(DistilBertConfig()) == "attention_dropout"
+    assert attention_dropout(ModernBertConfig()) is None
