@@ -127,8 +127,8 @@ def main() -> None:
         f"{speedup:.1f}x {runtime} at {count}" for (runtime, count), speedup in speedups.items()
     )
     report.finish(
-        f"4x312 has {fewer:.1f}x fewer parameters than bert-base, and its int8 file is {smaller:.0f}x smaller "
-        f"than bert-base's float32; faster (paper: {PAPER}x on a K80): {shown}",
+        f"4x312 has {fewer:.1f}x fewer parameters than bert-base; its int8 file is {smaller:.0f}x smaller "
+        f"than bert-base's in float32; faster (paper: {PAPER}x on a K80): {shown}",
         arguments.json,
     )
 

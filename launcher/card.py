@@ -24,6 +24,8 @@ class Subject:
     """What a card is about."""
 
     name: str
+    student: str
+    """Its name in the run."""
     config: PreTrainedConfig
     pipeline: str
     """What ``transformers.pipeline`` calls its use."""
@@ -57,6 +59,10 @@ class Trained:
     config: RunConfig
     origin: Mapping[str, Any]
     summary: Mapping[str, Any]
+
+    def student(self, name: str) -> StudentConfig | None:
+        """Return the student of that name, if the run had one."""
+        return next((own for own in self.config.students if own.name == name), None)
 
 
 def read_run(folder: Path) -> Trained:
@@ -93,7 +99,7 @@ def _front_matter(subject: Subject, trained: Trained | None) -> ModelCardData:
         model_name=subject.name,
         library_name="transformers",
         pipeline_tag=subject.pipeline,
-        tags=["knowledge-distillation", "tinybert", "onnx"],
+        tags=["tinybert", "onnx"],
         base_model=None if not teacher or Path(teacher).exists() else teacher,  # a name of the hub
         eval_results=results or None,
     )
@@ -104,11 +110,18 @@ def _summary(subject: Subject, trained: Trained | None) -> str:
     shape = f"{config.num_hidden_layers} layers, hidden size {config.hidden_size}"
     text = f"A {config.model_type} model of {subject.parameters / 1e6:.1f}M parameters ({shape})"
     if trained is not None:
-        text += f", trained with `{trained.config.teacher.model}` as its teacher"
+        text += f", {_method(trained, subject.student)}"
     labels = [str(label) for label in (config.id2label or {}).values()]
     if subject.pipeline == "text-classification" and len(labels) > 1:
         text += f". Classes, in order: {', '.join(labels)}"
     return f"{text}."
+
+
+def _method(trained: Trained, name: str) -> str:
+    student = trained.student(name)
+    if student is not None and losses(student.losses).startswith("labels"):
+        return "fine-tuned on labels, without a teacher"
+    return f"distilled from `{trained.config.teacher.model}`"
 
 
 def _files(subject: Subject) -> str:
@@ -173,7 +186,7 @@ def _scores(subject: Subject) -> str:
 
 def _training(subject: Subject, trained: Trained) -> str:
     config = trained.config
-    student = next((own for own in config.students if own.name == subject.name), None)
+    student = trained.student(subject.student)
     facts: dict[str, Any] = {
         "run": config.name,
         "teacher": f"`{config.teacher.model}`"

@@ -103,6 +103,7 @@ def export(options: argparse.Namespace) -> Subject:
             scores = compare_scores(torch_forward(model), forwards, corpus, options.batch_rows, tolerance)
         subject = Subject(
             name=options.name or options.model.resolve().name,
+            student=options.model.resolve().name,
             config=model.config,
             pipeline=next(
                 (own for end, own in PIPELINES.items() if type(model).__name__.endswith(end)),

@@ -77,9 +77,10 @@ def register(
                 description=public(description),
             )
         except Exception as error:  # every store fails in its own way
+            happened = public(str(error)).rstrip(".")
             raise TrackingError(
-                f"model {name} could not be registered in {public(run.uri)}: {public(str(error)).rstrip('.')}. {folder} "
-                "is complete: register it later with the same command, or leave it out (--no-registry)"
+                f"model {name} could not be registered in {public(run.uri)}: {happened}. {folder} is "
+                "complete: register it later with the same command, or leave it out (--no-registry)"
             ) from error
     return f"models:/{name}/{version.version}"
 

@@ -120,7 +120,4 @@ def open_session(path: Path, device: str = "cpu", threads: int | None = None) ->
     options.log_severity_level = 3  # errors
     # Threads that wait for the next call by spinning take the cores from other models in this process.
     options.add_session_config_entry("session.force_spinning_stop", "1")
-    # Threads that wait busily after a call take the cores from whatever runs next: in turns with a session,
-    # PyTorch took twice as long.
-    options.add_session_config_entry("session.intra_op.allow_spinning", "0")
     return onnxruntime.InferenceSession(path, options, providers=[provider])
