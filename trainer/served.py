@@ -11,10 +11,9 @@ Letters: B rows, S sequence, C classes, E hidden dim, V vocabulary.
 import inspect
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any, TypeAlias
+from typing import TYPE_CHECKING, Any, TypeAlias
 
 import numpy as np
-import onnxruntime
 import torch
 from numpy.typing import NDArray
 from safetensors import SafetensorError
@@ -27,6 +26,9 @@ from transformers import (
 )
 
 from trainer.encoders import read_config
+
+if TYPE_CHECKING:
+    import onnxruntime
 
 Ids: TypeAlias = NDArray[np.int64]
 Forward: TypeAlias = Callable[[Ids, Ids, Ids], dict[str, NDArray[np.float32]]]
@@ -90,7 +92,7 @@ UNTRAINED = "pooler_output"
 """Output of an encoder without a head that says nothing: its layer is trained with a head only."""
 
 
-def onnx_forward(session: onnxruntime.InferenceSession) -> Forward:
+def onnx_forward(session: "onnxruntime.InferenceSession") -> Forward:
     """Return the call of a session."""
     names = [given.name for given in session.get_inputs()]
     outputs = [output.name for output in session.get_outputs()]
@@ -102,7 +104,9 @@ def onnx_forward(session: onnxruntime.InferenceSession) -> Forward:
     return forward
 
 
-def open_session(path: Path, device: str = "cpu", threads: int | None = None) -> onnxruntime.InferenceSession:
+def open_session(
+    path: Path, device: str = "cpu", threads: int | None = None
+) -> "onnxruntime.InferenceSession":
     """Open an ONNX file in ONNX Runtime.
 
     Args:
@@ -112,6 +116,8 @@ def open_session(path: Path, device: str = "cpu", threads: int | None = None) ->
     Raises:
         ValueError: the ONNX Runtime that is installed does not know the device.
     """
+    import onnxruntime  # an extra (``pip install '.[onnx]'``), which PyTorch alone does without
+
     provider = {"cpu": "CPUExecutionProvider", "cuda": "CUDAExecutionProvider"}[device]
     if provider not in onnxruntime.get_available_providers():
         raise ValueError(f"device={device}: this onnxruntime has no {provider}; install onnxruntime-gpu")
