@@ -19,6 +19,7 @@ from launcher import provenance
 from launcher.results import FORMS, TEACHER, Arm, Column, Results, Timing
 from sharding.labels import read_labels, task_of
 from sharding.manifest import Corpus
+from sharding.squad import read_windows
 from trainer import metrics
 from trainer.capture import Need
 from trainer.flops import teacher_row_flops
@@ -112,7 +113,8 @@ def results(config: EvaluateConfig, tasks: list[Task]) -> Results:
                     for (form, device), forward in found.items():
                         timed.setdefault((entrants[name].shape, form, device), forward)
         log.info("timing %d models and forms, in turns", len(timed))
-        timings = _timed(config, timed)
+        vocabulary = min(task.corpus.manifest.tokenizer.vocab_size for task in tasks)
+        timings = _timed(config, timed, vocabulary)
     arms = [_arm(entrant, timings) for entrant in entrants.values()]
     return Results(
         name=config.name,
@@ -148,7 +150,10 @@ def _score(forms: Mapping[str, Forward], folder: str, task: Task, entrant: Entra
     for form, forward in forms.items():
         for column in task.columns:
             logits = predict(forward, task.corpus, column.split, batch_rows)
-            found = metrics.score(info, logits, read_labels(task.corpus, column.split))
+            if info.kind == "spans":
+                found = metrics.text_score(read_windows(task.corpus, column.split), logits)
+            else:
+                found = metrics.score(info, logits, read_labels(task.corpus, column.split))
             entrant.scores[form][column.name].append(found)
             score = found[column.metric]
             log.info("%s  %s, %s: %s %.4f", column.name, entrant.name, FORMS[form], column.metric, score)
@@ -162,7 +167,7 @@ def _score(forms: Mapping[str, Forward], folder: str, task: Task, entrant: Entra
 
 
 def _timed(
-    config: EvaluateConfig, forwards: Mapping[tuple[str, str, str], Forward]
+    config: EvaluateConfig, forwards: Mapping[tuple[str, str, str], Forward], vocab_size: int
 ) -> dict[tuple[str, str], list[Timing]]:
     """Timings by shape and form; everything takes turns, call by call."""
     keys = {" ".join(key): key for key in forwards}
@@ -171,6 +176,7 @@ def _timed(
         {name: forwards[key] for name, key in keys.items()},
         rows=latency.batch_rows,
         seq_len=latency.seq_len,
+        vocab_size=vocab_size,
         calls=latency.repeats,
     ):
         shape, form, device = keys[taken.runtime]
