@@ -52,6 +52,9 @@ def test_a_valid_run_has_no_problem():
 
 
 RULES = [
+    ("probes.every_steps", 5, "probes.every_steps=5 and probes.tasks with 0 corpora: set both, or none"),
+    ("probes.tasks", ["mood"], "probes.every_steps=None and probes.tasks with 1 corpora"),
+    ("probes.rows", 1, "probes.rows=1 must be at least 2"),
     ("name", "a/b", "name='a/b' must be letters, digits"),
     ("name", ".hidden", "name='.hidden' must be letters"),
     ("name", "", "name='' must be letters"),

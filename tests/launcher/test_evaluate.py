@@ -9,7 +9,7 @@ from mlflow import MlflowClient
 from transformers import AutoModelForSequenceClassification
 
 from configs.evaluate_schema import EvaluateConfig, EvaluatedTaskConfig, LatencyConfig
-from configs.load import ConfigError, load_config
+from configs.load import ConfigError
 from configs.schema import TrackingConfig
 from launcher.evaluate import evaluate, opened
 from launcher.measuring import results
@@ -112,13 +112,3 @@ def test_all_problems_are_told_at_once(made: Path, tmp_path: Path) -> None:
     assert [
         part in str(caught.value) for part in ("is no report", "nothing-* does not exist", "tasks.1")
     ] == [True] * 3
-    overrides = [
-        f"output={tmp_path}/r",
-        "aim=0",
-        "latency.batch_rows=[]",
-        "ship=[other]",
-        "tasks=[{corpus: c, teacher: t, arms: {teacher: [a], student: []}}]",
-    ]
-    with pytest.raises(ConfigError) as caught:
-        load_config(EvaluateConfig, None, overrides)
-    assert len(caught.value.problems) == 5, caught.value
