@@ -2,7 +2,6 @@
 
 import io
 
-from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 
@@ -38,11 +37,8 @@ def draw(results: Results, width_in: float, height_in: float, beside: bool) -> F
     axes.xaxis.set_major_formatter(lambda value, _: f"{value:g}")
     axes.xaxis.set_minor_formatter(lambda value, _: f"{value:g}" if f"{value:.0e}"[0] in "25" else "")
     axes.margins(0.12)
-    axes.axhline(100 * results.aim, color="#0b6e4f", linewidth=1, linestyle="--")
-    axes.annotate(
-        f"aim {results.aim:.0%}", (1, 100 * results.aim), xycoords=("axes fraction", "data"),
-        xytext=(-4, 3), textcoords="offset points", ha="right", fontsize=9, color="#0b6e4f",
-    )  # fmt: skip
+    aim = axes.axhline(100 * results.aim, color="#0b6e4f", linewidth=1, linestyle="--")
+    aim.set_label(f"aim {results.aim:.0%}")
     rows = results.batch_rows[0]
     call = "1 row" if rows == 1 else f"{rows} rows"
     between = " " if beside else "\n"
@@ -51,11 +47,11 @@ def draw(results: Results, width_in: float, height_in: float, beside: bool) -> F
     axes.grid(True, color="#e4e8ec")
     axes.set_axisbelow(True)
     axes.spines[["top", "right"]].set_visible(False)
-    _legend(figure, axes, drawn, [form for form in FORMS if form in forms], beside)
+    _legend(figure, aim, drawn, [form for form in FORMS if form in forms], beside)
     return figure
 
 
-def _legend(figure: Figure, axes: Axes, colour_of: dict[str, str], forms: list[str], beside: bool) -> None:
+def _legend(figure: Figure, aim: Line2D, colour_of: dict[str, str], forms: list[str], beside: bool) -> None:
     """Colours are models, markers are forms."""
     handles = [
         Line2D([], [], color=colour, marker="o", linestyle="none", markersize=9, label=name)
@@ -66,6 +62,7 @@ def _legend(figure: Figure, axes: Axes, colour_of: dict[str, str], forms: list[s
             Line2D([], [], color="#9aa4af", marker=MARKERS[form], linestyle="none", label=FORMS[form])
             for form in forms
         ]
+    handles.append(aim)
     if beside:
         figure.legend(handles=handles, loc="outside right upper", frameon=False)
     else:

@@ -319,6 +319,7 @@ th, td { padding: .45rem .7rem; border-bottom: 1px solid var(--line); vertical-a
 thead th { font-size: .85rem; color: var(--soft); font-weight: 600 }
 th:first-child { text-align: left; position: sticky; left: 0; background: #fff; white-space: normal;
   min-width: 9rem }
+th + td:last-child:nth-child(2) { white-space: normal; overflow-wrap: anywhere }
 tr.chosen td, tr.chosen th { background: var(--mark) }
 .note { margin: .75rem 0 0; color: var(--soft); font-size: .85rem }
 """

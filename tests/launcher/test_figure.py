@@ -17,7 +17,7 @@ def test_every_model_is_drawn_at_its_latency_and_share() -> None:
     }
     assert drawn == {(90.0, 100.0), (80.0, 100.0), (12.0, 98.0), (9.0, 98.0), (4.0, 95.3), (12.0, 82.2)}
     named = [text.get_text() for text in figure.legends[0].get_texts()]
-    assert named == ["teacher", "student", "finetuned", "PyTorch", "ONNX", "ONNX int8"]
+    assert named == ["teacher", "student", "finetuned", "PyTorch", "ONNX", "ONNX int8", "aim 96%"]
     assert axes.get_xscale() == "log" and "1 row of 128 tokens" in axes.get_xlabel()
 
 
