@@ -118,10 +118,15 @@ def _summary(subject: Subject, trained: Trained | None) -> str:
 
 
 def _method(trained: Trained, name: str) -> str:
-    student = trained.student(name)
-    if student is not None and losses(student.losses).startswith("labels"):
+    if not _distilled(trained, name):
         return "fine-tuned on labels, without a teacher"
     return f"distilled from `{trained.config.teacher.model}`"
+
+
+def _distilled(trained: Trained, name: str) -> bool:
+    """Whether any loss looks at the teacher; labels alone come first only where they are alone."""
+    student = trained.student(name)
+    return student is None or not losses(student.losses).startswith("labels")
 
 
 def _files(subject: Subject) -> str:
@@ -187,15 +192,16 @@ def _scores(subject: Subject) -> str:
 def _training(subject: Subject, trained: Trained) -> str:
     config = trained.config
     student = trained.student(subject.student)
-    facts: dict[str, Any] = {
-        "run": config.name,
-        "teacher": f"`{config.teacher.model}`"
-        + (f" at {config.teacher.revision}" if config.teacher.revision else ""),
-        "corpora": "; ".join(_corpora(config)),
-    }
+    distilled = _distilled(trained, subject.student)
+    facts: dict[str, Any] = {"run": config.name}
+    if distilled:
+        revision = f" at {config.teacher.revision}" if config.teacher.revision else ""
+        facts["teacher"] = f"`{config.teacher.model}`{revision}"
+    facts["corpora"] = "; ".join(_corpora(config))
     if student is not None:
         facts |= {"started from": f"`{student.init}`", "losses": losses(student.losses)}
-        facts |= {"layer map": student.layer_map, "learning rate": _rate(student)}
+        facts |= {"layer map": student.layer_map} if distilled else {}
+        facts["learning rate"] = _rate(student)
     facts |= {
         "rows per step": config.train.global_batch_rows,
         "optimizer steps": trained.summary.get("steps"),

@@ -76,7 +76,10 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--name", help="in the card and the registry; the student's name if not given")
     parser.add_argument("--batch-rows", type=int, default=32, help="rows of a forward pass when scoring")
     parser.add_argument(
-        "--int8-tolerance", type=float, default=0.02, help="how far the int8 score may fall, in points of 1"
+        "--int8-tolerance",
+        type=float,
+        default=0.02,
+        help="how far the int8 score may be from the source's, in points of 1",
     )
     parser.add_argument("--tracking-uri", help="MLflow store; the run's own if not given")
     parser.add_argument("--no-registry", dest="registry", action="store_false", help="files alone")

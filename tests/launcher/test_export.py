@@ -203,3 +203,4 @@ def test_a_model_that_learned_from_labels_alone_is_not_called_distilled(
     assert main(["--model", str(model), "--output", str(output), "--no-registry"]) == 0
     text = (output / "README.md").read_text()
     assert "fine-tuned on labels, without a teacher" in text and "distilled" not in text
+    assert "| losses | labels 1 |" in text and "| teacher |" not in text and "| layer map |" not in text
