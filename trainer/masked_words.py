@@ -46,7 +46,7 @@ class MaskedWords:
             raise ValueError(
                 f"augmentation.masked_lm={config.masked_lm} is not a whole masked language model; name one, "
                 "such as bert-base-uncased, or leave it out and set augmentation.vectors: "
-                f"{error}"
+                f"{str(error).partition('; ')[0]}"  # without its own way out
             ) from error
         enable_capture(model)
         self.model = model.eval()
