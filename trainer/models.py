@@ -242,7 +242,10 @@ def build_student(
     if is_student(student.init):
         module.load(load_file(Path(student.init, WEIGHTS)))
     if student.init == "teacher":
-        copy_layers(encoder, teacher(need.head), learned.layer_map)
+        if need.head is Head.masked_lm:
+            copy_layers(encoder, teacher(need.head), learned.layer_map)
+        else:  # a task's head is new
+            copy_layers(encoder.base_model, teacher(Head.none), learned.layer_map)
         for weight in module.projections.parameters():
             nn.init.eye_(weight)
     if student.compile:
@@ -266,7 +269,7 @@ def copy_layers(encoder: PreTrainedModel, teacher: PreTrainedModel, layer_map: S
     weights = teacher.state_dict()
     with torch.no_grad():
         for name, value in encoder.state_dict(keep_vars=True).items():
-            if id(value) not in inside:
+            if id(value) not in inside and not name.startswith("pooler."):  # which a teacher is without
                 value.copy_(weights[name])
 
 

@@ -72,6 +72,7 @@ class TeacherLogits:
                     own = np.pad(own, [(0, 0), (0, corpus.manifest.seq_len - own.shape[1]), (0, 0)])
                 rows.append(batch.row_B.numpy())
                 found.append(own)
+        self.folder.mkdir(parents=True, exist_ok=True)
         parts = [path.with_suffix(f".part-{rank}-of-{size}.npz") for rank in range(size)]
         with new_file(parts[self.world.rank]) as file:
             np.savez(
