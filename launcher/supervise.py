@@ -225,9 +225,9 @@ class Supervisor:
 
 
 def output_of(command: Sequence[str]) -> Path | None:
-    """Return the run's folder where the command sets it: the last ``output=FOLDER``."""
-    given = [word.removeprefix("output=") for word in command if word.startswith("output=")]
-    return Path(given[-1]) if given else None
+    """Return the run's folder where the command sets it: the last ``output=FOLDER``, of a task its stage's."""
+    given = {key: value for key, _, value in (word.partition("=") for word in command)}
+    return Path(given["output"], given.get("stage", "")) if "output" in given else None
 
 
 def main() -> int:

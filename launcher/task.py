@@ -22,7 +22,7 @@ from dataclasses import replace
 
 from configs.load import ConfigError, load_config
 from configs.student_schema import StudentConfig
-from configs.task import STAGES, TRAINING, stage_config
+from configs.task import STAGES, TRAINING, corpus_of, stage_config
 from configs.task_schema import TaskConfig
 from launcher import job
 from sharding import task_corpus
@@ -60,10 +60,9 @@ def run(arguments: argparse.Namespace, stations: Stations) -> int:
 
     stage, config = meeting.or_tell(place, os.environ, None, load)
     if stage == "data":
-        if place.size > 1:
-            raise ConfigError([f"stage=data runs in one process, not in {place.size}: start it with python"])
-        manifest = task_corpus.build(config)
-        log.info("corpus %s, fingerprint %s", config.corpus or f"{config.output}/data", manifest.fingerprint)
+        if place.is_main:  # seconds of one core; other ranks have nothing to do
+            manifest = task_corpus.build(config)
+            log.info("corpus %s, fingerprint %s", corpus_of(config), manifest.fingerprint)
         return exits.DONE
     if stage == "augment":
         meeting.connect(place, os.environ, config.timeouts)

@@ -17,4 +17,4 @@ read -ra supervise <<<"${SUPERVISE:-}"
 
 # One lost task ends the step: the others would wait for it in their next collective.
 exec "${SUPERVISOR_PYTHON:-${PYTHON}}" launcher/supervise.py "${supervise[@]}" -- \
-    srun --kill-on-bad-exit=1 --wait=30 "${options[@]}" "${inside[@]}" "${PYTHON}" launcher/general.py "$@"
+    srun --kill-on-bad-exit=1 --wait=30 "${options[@]}" "${inside[@]}" "${PYTHON}" "${LAUNCHER:-launcher/general.py}" "$@"

@@ -5,7 +5,8 @@
 #   launcher/slurm/pipeline.sh \
 #       corpus 32 --config configs/corpus_wikipedia.yaml output=/shared/wiki -- \
 #       --nodes=4 general --config configs/general_4x312.yaml data.corpus=/shared/wiki output=/shared/run -- \
-#       task sst2,mnli --config task.yaml output=/shared/runs/{task} students.0.init=/shared/run/export/tinybert-4x312
+#       task sst2,mnli --config configs/task.yaml stage=data task={task} source.path=/shared/glue/{task} output=/shared/{task} -- \
+#       task sst2,mnli --config configs/task.yaml stage=teacher task={task} output=/shared/{task} -- ...
 #
 # A stage is one of corpus, general, task, sweep, with the arguments of its script in this folder; any number of
 # them, in any order. Options of sbatch come before it. It prints the jobs' numbers.

@@ -8,10 +8,12 @@ from configs.corpus_schema import CorpusConfig, SourceKind
 from configs.deepspeed import derive
 from configs.load import load_config, to_yaml
 from configs.schema import RunConfig
+from configs.task_schema import TaskConfig
 
 FOLDER = Path(__file__).resolve().parents[2] / "configs"
 CORPORA = sorted(FOLDER.glob("corpus_*.yaml"))
-RUNS = sorted(set(FOLDER.glob("*.yaml")) - set(CORPORA))
+TASKS = sorted(FOLDER.glob("task*.yaml"))
+RUNS = sorted(set(FOLDER.glob("*.yaml")) - {*CORPORA, *TASKS, *FOLDER.glob("evaluate*.yaml")})
 named = {"ids": lambda path: path.stem}
 
 
@@ -26,6 +28,20 @@ def test_a_corpus(path, tmp_path):
     assert load_config(CorpusConfig, tmp_path / "resolved.yaml") == config
     if config.source.kind is not SourceKind.datasets:
         assert Path(config.source.path).is_file()
+
+
+@pytest.mark.parametrize("path", TASKS, **named)
+def test_a_task(path, tmp_path):
+    config = load_config(TaskConfig, path)
+    (tmp_path / "resolved.yaml").write_text(to_yaml(config), encoding="utf-8")
+    assert load_config(TaskConfig, tmp_path / "resolved.yaml") == config
+
+
+def test_the_papers_grid_is_a_sweep_of_task_runs():
+    lines = (FOLDER / "sweeps/prediction.txt").read_text().splitlines()
+    stages = [load_config(TaskConfig, FOLDER / "task.yaml", line.split()).prediction for line in lines]
+    found = {(stage.global_batch_rows, stage.optimizer.lr) for stage in stages}
+    assert found == {(rows, lr) for rows in (16, 32) for lr in (1e-5, 2e-5, 3e-5)}
 
 
 @pytest.mark.parametrize("path", RUNS, **named)

@@ -1,5 +1,6 @@
 """Corpus, pipeline and arrays: job scripts on a real Slurm, and run as it runs them, tasks in any order."""
 
+import json
 import os
 import re
 import subprocess
@@ -10,11 +11,13 @@ from typing import Any
 
 import numpy as np
 import pytest
+import yaml
 
 from sharding.manifest import open_corpus
 from tests.conftest import WORDS
-from tests.launcher.conftest import ROOT, written
+from tests.launcher.conftest import ROOT, student, written
 from tests.launcher.slurm import cluster
+from tests.launcher.test_task import task_config, write_task
 from tests.sharding.test_build import files_of
 
 SCRIPTS = ROOT / "launcher" / "slurm"
@@ -83,18 +86,29 @@ def test_tasks_in_any_order_one_killed_and_repeated(
 
 @pytest.mark.network_of_ranks
 def test_the_pipeline_and_a_sweep_on_a_real_slurm(
-    keys: list[str], plain: dict[str, bytes], run_config: dict[str, Any], tmp_path: Path
+    keys: list[str],
+    plain: dict[str, bytes],
+    run_config: dict[str, Any],
+    tiny_teacher: Path,
+    tmp_path: Path,
 ) -> None:
-    """Corpus (three jobs, two of them arrays), then general distillation, then two tasks; two runs beside."""
+    """Corpus (three jobs, two of them arrays), general distillation, two tasks by stages; two runs beside."""
     corpus, run = tmp_path / "corpus", tmp_path / "run"
     run_config |= {"data": {"corpus": str(corpus)}, "evaluation": {"every_steps": None}}
     run_config["train"]["steps"] = 2
     config, one_gpu = written(run_config), (*ONE_NODE, "--gpus-per-node=1")
-    tasks = (f"output={tmp_path}/{{task}}", f"students.0.init={run}/export/small", "name={task}")
+    for rows in (120, 40):
+        write_task(tmp_path, rows)
+    of_task = task_config(tmp_path, tiny_teacher)
+    of_task["fine_tuning"] |= {"epochs": None, "steps": 2}
+    of_task["students"] = [student("small", init=f"{run}/export/small")]
+    (tmp_path / "task.yaml").write_text(yaml.safe_dump(of_task))
+    tasks = ("sst2,mine", "--config", str(tmp_path / "task.yaml"), f"output={tmp_path}/{{task}}")
     stages = [
         (*ONE_NODE, "corpus", "2", f"output={corpus}", *keys),
         (*one_gpu, "general", "--config", config, f"output={run}"),
-        (*one_gpu, "task", "sst2,mnli", "--config", config, *tasks),
+        (*one_gpu, "task", *tasks, "stage=data"),
+        (*one_gpu, "task", *tasks, "stage=baseline"),
     ]
     lines = tmp_path / "lines"
     lines.write_text("train.steps=1\ntrain.steps=1 students.0.optimizer.lr=1e-9\n")
@@ -102,19 +116,20 @@ def test_the_pipeline_and_a_sweep_on_a_real_slurm(
     with cluster(tmp_path / "slurm") as slurm:
         words = [word for stage in stages for word in (*stage, "--")][:-1]
         said = slurm.ask("launcher/slurm/pipeline.sh", *words).splitlines()
-        prepare, pack, join, general, task = re.findall(r"\d+", " ".join(said))
+        prepare, pack, join, general, data, task = re.findall(r"\d+", " ".join(said))
         corpus_jobs = f"prepare {prepare}, pack {pack}, join {join}"
-        assert said == [f"corpus: {corpus_jobs}", f"general: {general}", f"task: {task}"]
-        depends = [slurm.about(job)["Dependency"].partition("(")[0] for job in (pack, join, general, task)]
+        assert said == [f"corpus: {corpus_jobs}", f"general: {general}", f"task: {data}", f"task: {task}"]
+        depends = [slurm.about(job)["Dependency"].partition("(")[0] for job in (pack, join, general, data)]
         assert depends == [f"afterok:{job}" for job in (f"{prepare}_*", f"{pack}_*", f"{join}_*", general)]
         slurm.wait_for_all(general, {"COMPLETED"})
         job = slurm.sbatch("--array=1-2", *one_gpu, "launcher/slurm/sweep.sbatch", *sweep)
         for array in (task, job):
             slurm.wait_for_all(array, {"COMPLETED"})
     assert files_of(corpus) == plain
-    for name in ("sst2", "mnli", "sweep-1", "sweep-2"):
+    for name in ("sst2/baseline", "mine/baseline", "sweep-1", "sweep-2"):
         assert (tmp_path / name / "export" / "small" / "config.json").exists()
-    assert "name: mnli\n" in (tmp_path / "mnli/config.yaml").read_text()
+    exported = json.loads((tmp_path / "mine/baseline/export/small/config.json").read_text())
+    assert exported["architectures"] == ["BertForSequenceClassification"]
     assert "lr: 1.0e-09" in (tmp_path / "sweep-2/config.yaml").read_text()
 
 

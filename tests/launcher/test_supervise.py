@@ -15,6 +15,7 @@ import pytest
 from launcher import hostfile
 from launcher.policy import Next, Record, complaint, decide, outcome, pause_s, place
 from launcher.slurm_job import Job
+from launcher.supervise import output_of
 from tests.launcher.conftest import ROOT, command
 from tests.launcher.test_stops import events, wait_for
 from trainer import exits
@@ -225,3 +226,9 @@ def test_torchrun_is_the_inner_loop(run_config: dict[str, Any], tmp_path: Path) 
     assert process.wait() == 0, said
     assert [event["resumed"] for event in events(output, "started")] == [False, True]
     assert said.count("supervise: ") == 2, "one command, one end"
+
+
+def test_the_folder_of_a_tasks_stage_is_within_the_tasks():
+    assert output_of(["torchrun", "x.py", "output=a", "output=runs/sst2"]) == Path("runs/sst2")
+    assert output_of(["srun", "x.py", "stage=teacher", "output=runs/sst2"]) == Path("runs/sst2/teacher")
+    assert output_of(["srun", "x.py"]) is None
