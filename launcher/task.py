@@ -25,9 +25,11 @@ from configs.student_schema import StudentConfig
 from configs.task import STAGES, TRAINING, corpus_of, stage_config
 from configs.task_schema import TaskConfig
 from launcher import job
+from launcher.runfolder import RunFolder
 from sharding import task_corpus
-from trainer import encoders, exits, meeting, shapes, world
+from trainer import augmentation, encoders, exits, meeting, shapes, world
 from trainer.clock import Stations
+from trainer.watchdog import Watchdog
 
 log = logging.getLogger("distil")
 
@@ -63,17 +65,27 @@ def run(arguments: argparse.Namespace, stations: Stations) -> int:
         if place.is_main:  # seconds of one core; other ranks have nothing to do
             manifest = task_corpus.build(config)
             log.info("corpus %s, fingerprint %s", corpus_of(config), manifest.fingerprint)
+            tell_finished(config, stage)
         return exits.DONE
     if stage == "augment":
         meeting.connect(place, os.environ, config.timeouts)
-        from trainer import augmentation
-
-        augmentation.augment(config, place)
+        watchdog = Watchdog(place, config.timeouts.step_s)
+        augmentation.augment(config, place, watchdog.beat)
         world.disconnect()
+        watchdog.close()
+        if place.is_main:
+            tell_finished(config, stage)
         return exits.DONE
     assert stage in TRAINING
     students = meeting.or_tell(place, os.environ, None, lambda: learners(config, stage))
     return job.distil(stage_config(config, stage, students), stations, arguments.profile_steps)
+
+
+def tell_finished(config: TaskConfig, stage: str) -> None:
+    """Keep that a stage which trains nothing is done, for those who start it: a launcher hides exit codes."""
+    folder = RunFolder(Path(config.output, stage))
+    folder.path.mkdir(parents=True, exist_ok=True)
+    folder.event("finished", 0)
 
 
 def learners(config: TaskConfig, stage: str) -> list[StudentConfig]:

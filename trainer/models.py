@@ -253,7 +253,7 @@ def build_student(
     return module
 
 
-def copy_layers(encoder: PreTrainedModel, teacher: PreTrainedModel, layer_map: Sequence[int]) -> None:
+def copy_layers(encoder: nn.Module, teacher: PreTrainedModel, layer_map: Sequence[int]) -> None:
     """Copy the teacher's embeddings, outer norms and layers g(1..M) into an encoder of the same width."""
     own_layers, teacher_layers = layers_of(encoder), layers_of(teacher)
     for number, (own, source) in enumerate(zip(own_layers, layer_map, strict=True), start=1):
