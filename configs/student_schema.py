@@ -116,8 +116,8 @@ class StudentConfig:
     """Compile its layers (torch.compile, static shapes); needs a C++ compiler where it runs. On CPU it was
     measured not to pay (docs/LOG.md)."""
     init: str = "random"
-    """``random``; ``teacher`` (its embeddings and the mapped layers, not a task's head; needs its sizes); the folder
-    or hub name of an encoder of the same shape; or the folder of the same student in a checkpoint
+    """``random``; ``teacher`` (its embeddings and the mapped layers, not a task's head; needs its sizes); the
+    folder or hub name of an encoder of the same shape; or the folder of the same student in a checkpoint
     (``OUTPUT/checkpoints/step-00000500/NAME``): its weights and projections, with a fresh optimizer."""
     layer_map: Any = "uniform"
     """Which teacher layer each student layer learns from: ``uniform`` (g(m) = m N / M), ``last``

@@ -159,8 +159,8 @@ def _check_lengths(config: RunConfig) -> list[str]:
         )
     if (config.probes.every_steps is None) != (not config.probes.tasks):
         problems.append(
-            f"probes.every_steps={config.probes.every_steps} and probes.tasks with {len(config.probes.tasks)} "
-            "corpora: set both, or none"
+            f"probes.every_steps={config.probes.every_steps} and probes.tasks with "
+            f"{len(config.probes.tasks)} corpora: set both, or none"
         )
     if not 0 < train.rollback_lr_factor < 1:
         problems.append(

@@ -225,7 +225,7 @@ class Supervisor:
 
 
 def output_of(command: Sequence[str]) -> Path | None:
-    """Return the run's folder where the command sets it: the last ``output=FOLDER``, of a task its stage's."""
+    """Return the run's folder as the command sets it: the last ``output=FOLDER``, of a task its stage's."""
     given = {key: value for key, _, value in (word.partition("=") for word in command)}
     return Path(given["output"], given.get("stage", "")) if "output" in given else None
 

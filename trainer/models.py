@@ -245,7 +245,8 @@ def build_student(
         if need.head is Head.masked_lm:
             copy_layers(encoder, teacher(need.head), learned.layer_map)
         else:  # a task's head is new
-            copy_layers(encoder.base_model, teacher(Head.none), learned.layer_map)
+            base: Any = encoder.base_model
+            copy_layers(base, teacher(Head.none), learned.layer_map)
         for weight in module.projections.parameters():
             nn.init.eye_(weight)
     if student.compile:
@@ -253,7 +254,7 @@ def build_student(
     return module
 
 
-def copy_layers(encoder: nn.Module, teacher: PreTrainedModel, layer_map: Sequence[int]) -> None:
+def copy_layers(encoder: PreTrainedModel, teacher: PreTrainedModel, layer_map: Sequence[int]) -> None:
     """Copy the teacher's embeddings, outer norms and layers g(1..M) into an encoder of the same width."""
     own_layers, teacher_layers = layers_of(encoder), layers_of(teacher)
     for number, (own, source) in enumerate(zip(own_layers, layer_map, strict=True), start=1):

@@ -84,7 +84,7 @@ def difference(model: PreTrainedModel, path: Path) -> float:
 
 
 def padded_rows(rows: int, seq_len: int, vocab_size: int) -> tuple[Ids, Ids, Ids]:
-    """Return ids, mask and token types, int64 [rows, seq_len]: two segments, from the second row on padding."""
+    """Ids, mask and token types, int64 [rows, seq_len]: two segments, from the second row on padding."""
     ids_BS, mask_BS, token_type_BS = random_rows(rows, seq_len, vocab_size)
     index_S = np.arange(seq_len)
     for row in range(rows):
