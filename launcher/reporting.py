@@ -4,6 +4,7 @@ import json
 import logging
 import re
 import socket
+import sys
 import time
 from collections.abc import Mapping
 from pathlib import Path
@@ -55,7 +56,7 @@ class Tracked:
             "experiment": settings.experiment,
         }
         tags = {
-            "mlflow.source.name": "launcher/general.py",
+            "mlflow.source.name": f"launcher/{Path(sys.argv[0]).name}",
             "mlflow.source.git.commit": provenance.revision(),
             "stage": "general",
             **settings.tags,
@@ -66,9 +67,9 @@ class Tracked:
             run_id=run_ids.get(""),
             params=flatten(to_dict(config)),
             tags=tags,
-            description=f"General distillation of `{config.teacher.model}` on "
+            description=f"Stage {tags['stage']}: from `{config.teacher.model}`, on "
             + ", ".join(f"`{corpus.store.location}`" for corpus in corpora.corpora)
-            + " into "
+            + ", "
             + ", ".join(student.name for student in config.students),
             system_metrics=settings.system_metrics,
         )
