@@ -97,9 +97,11 @@ def test_the_pipeline_and_a_sweep_on_a_real_slurm(
     run_config |= {"data": {"corpus": str(corpus)}, "evaluation": {"every_steps": None}}
     run_config["train"]["steps"] = 2
     config, one_gpu = written(run_config), (*ONE_NODE, "--gpus-per-node=1")
+    source = tmp_path / "source"  # a folder named after the task, such as its output, would be taken for it
+    source.mkdir()
     for rows in (120, 40):
-        write_task(tmp_path, rows)
-    of_task = task_config(tmp_path, tiny_teacher)
+        write_task(source, rows)
+    of_task = task_config(source, tiny_teacher)
     of_task["fine_tuning"] |= {"epochs": None, "steps": 2}
     of_task["students"] = [student("small", init=f"{run}/export/small")]
     (tmp_path / "task.yaml").write_text(yaml.safe_dump(of_task))
