@@ -2,7 +2,7 @@
 
 The prediction stage goes over the same rows again and again, for every epoch, seed and student, and learns
 nothing of the teacher but these. They are plain arrays beside each other in a folder, named after the
-corpus's fingerprint and the teacher's weights, so that another corpus or teacher never finds them.
+corpus's fingerprint, the teacher's weights and its number format: another corpus or teacher never finds them.
 
 Letters: S sequence, C outputs.
 """
@@ -50,7 +50,9 @@ class TeacherLogits:
         return [self._of_corpus(corpus, split) for corpus in corpora.corpora]
 
     def _of_corpus(self, corpus: Corpus, split: str) -> NDArray[np.float32]:
-        path = self.folder / f"{corpus.fingerprint[:16]}-{split}-{self._weights[:16]}.npy"
+        number_format = f"{self.config.precision.value}-{self.config.quantization.value}"
+        name = f"{corpus.fingerprint[:16]}-{split}-{self._weights[:16]}-{number_format}.npy"
+        path = self.folder / name
         if not on_main(self.world, path.is_file):
             self._compute(corpus, split, path)
         return np.load(path, mmap_mode="r", allow_pickle=False)

@@ -2,6 +2,7 @@
 
 import pytest
 
+import configs.task
 from configs.task_schema import TaskConfig, TaskKind, TaskSourceConfig
 from sharding.glue import METRICS, TASKS, task_of
 from sharding.manifest import CorpusError, TaskInfo
@@ -63,3 +64,7 @@ def test_a_task_of_ones_own() -> None:
 def test_what_does_not_fit_is_named(keys: dict, message: str) -> None:
     with pytest.raises(CorpusError, match=message):
         task_of(config(**keys))
+
+
+def test_the_config_knows_the_same_tasks_by_name():
+    assert set(configs.task.TASKS) == set(TASKS)

@@ -28,8 +28,8 @@ def task(tmp_path_factory, tiny_tokenizer):
     return corpus, write_tiny_model(folder / "model", tiny_tokenizer, corpus, steps=60)
 
 
-def keeper(model, folder) -> TeacherLogits:
-    config = TeacherConfig(model=str(model), precision=Precision.fp32, logits_folder=str(folder))
+def keeper(model, folder, precision=Precision.fp32) -> TeacherLogits:
+    config = TeacherConfig(model=str(model), precision=precision, logits_folder=str(folder))
     return TeacherLogits(config, Head.sequence, 16, World(0, 1, 0, 1, CPU))
 
 
@@ -55,6 +55,8 @@ def test_another_teacher_does_not_find_them(task, tmp_path, tiny_tokenizer):
         keeper(model, tmp_path / "kept").of(Corpora.of(corpus), "heldout") for model in (model_folder, other)
     )
     assert not np.allclose(first, second) and len(list((tmp_path / "kept").iterdir())) == 2
+    (low,) = keeper(model_folder, tmp_path / "kept", Precision.bf16).of(Corpora.of(corpus), "heldout")
+    assert not np.array_equal(first, low) and len(list((tmp_path / "kept").iterdir())) == 3
 
 
 def test_columns_come_with_their_rows_in_the_streams_order(task):
