@@ -262,7 +262,10 @@ class TrackingConfig:
     """Track this run in MLflow."""
     uri: str | None = None
     """Tracking server or store (``http://host:5000``, ``sqlite:///path/mlflow.db``); not set:
-    ``MLFLOW_TRACKING_URI``, else an SQLite store in ``mlflow/`` beside the run folders."""
+    ``MLFLOW_TRACKING_URI``, else an SQLite store in ``folder``."""
+    folder: str | None = None
+    """Folder of the store when no server is named; not set: ``mlflow/`` beside the run folder, and for a
+    task's stages beside the task's, so that all runs under one folder share a store."""
     experiment: str = "distillation"
     """Experiment name: one per project."""
     run_name: str | None = None

@@ -1,5 +1,6 @@
 """Task distillation's stages: what is wrong with a ``TaskConfig``, and the ``RunConfig`` of each stage."""
 
+import os.path
 import re
 from dataclasses import replace
 
@@ -96,7 +97,11 @@ def stage_config(config: TaskConfig, stage: str, students: list[StudentConfig]) 
         checkpoint=config.checkpoint,
         timeouts=config.timeouts,
         log=config.log,
-        tracking=replace(config.tracking, tags={"stage": stage, "task": config.task, **config.tracking.tags}),
+        tracking=replace(
+            config.tracking,
+            folder=config.tracking.folder or f"{os.path.dirname(config.output) or '.'}/mlflow",
+            tags={"stage": stage, "task": config.task, **config.tracking.tags},
+        ),
     )
 
 

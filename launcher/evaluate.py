@@ -155,7 +155,7 @@ def _start_tracking(config: EvaluateConfig, tasks: list[Task]) -> TrackedRun:
     settings = config.tracking
     tracked = TrackedRun.start(
         uri=settings.uri,
-        default_folder=Path(config.output).parent / "mlflow",
+        default_folder=Path(settings.folder or Path(config.output).parent / "mlflow"),
         experiment=settings.experiment,
         name=settings.run_name or config.name,
         params=flatten(to_dict(config)),

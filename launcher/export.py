@@ -240,7 +240,8 @@ def start_run(options: argparse.Namespace, subject: Subject) -> TrackedRun:
         ids = subject.run / "mlflow.json"
         if ids.is_file() and options.tracking_uri in (None, settings.uri):
             parent = json.loads(ids.read_text(encoding="utf-8"))[""]
-    folder = (subject.run or options.output.resolve()).parent / "mlflow"
+    own = (subject.run or options.output.resolve()).parent / "mlflow"
+    folder = Path(settings.folder) if settings is not None and settings.folder else own
     return TrackedRun.start(
         uri=options.tracking_uri or (settings.uri if settings is not None else None),
         default_folder=folder,

@@ -52,7 +52,7 @@ class Tracked:
         settings = config.tracking
         common: dict[str, Any] = {
             "uri": settings.uri,
-            "default_folder": Path(config.output).parent / "mlflow",
+            "default_folder": Path(settings.folder or Path(config.output).parent / "mlflow"),
             "experiment": settings.experiment,
         }
         tags = {

@@ -6,14 +6,17 @@ import pytest
 
 from configs.corpus_schema import CorpusConfig, SourceKind
 from configs.deepspeed import derive
+from configs.evaluate_schema import EvaluateConfig
 from configs.load import load_config, to_yaml
 from configs.schema import RunConfig
+from configs.task import corpus_of, stage_config
 from configs.task_schema import TaskConfig
 
 FOLDER = Path(__file__).resolve().parents[2] / "configs"
 CORPORA = sorted(FOLDER.glob("corpus_*.yaml"))
 TASKS = sorted(FOLDER.glob("task*.yaml"))
-RUNS = sorted(set(FOLDER.glob("*.yaml")) - {*CORPORA, *TASKS, *FOLDER.glob("evaluate*.yaml")})
+EVALUATIONS = sorted(FOLDER.glob("evaluate*.yaml"))
+RUNS = sorted(set(FOLDER.glob("*.yaml")) - {*CORPORA, *TASKS, *EVALUATIONS})
 named = {"ids": lambda path: path.stem}
 
 
@@ -35,6 +38,21 @@ def test_a_task(path, tmp_path):
     config = load_config(TaskConfig, path)
     (tmp_path / "resolved.yaml").write_text(to_yaml(config), encoding="utf-8")
     assert load_config(TaskConfig, tmp_path / "resolved.yaml") == config
+
+
+@pytest.mark.parametrize("path", EVALUATIONS, **named)
+def test_an_evaluation_is_of_what_the_task_leaves(path):
+    (task,) = load_config(EvaluateConfig, path).tasks
+    of_task = load_config(TaskConfig, FOLDER / "task.yaml")
+    stages = {
+        stage: stage_config(of_task, stage, of_task.students).output for stage in ("prediction", "baseline")
+    }
+    (name,) = (student.name for student in of_task.students)
+    assert task.corpus == corpus_of(of_task)
+    assert task.arms == {
+        "student": [f"{stages['prediction']}/export/{name}"],
+        "finetuned": [f"{stages['baseline']}/export/{name}"],
+    }
 
 
 def test_the_papers_grid_is_a_sweep_of_task_runs():

@@ -5,17 +5,26 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 from mlflow import MlflowClient
-from transformers import AutoModelForSequenceClassification
+from transformers import (
+    AutoModelForSequenceClassification,
+    AutoTokenizer,
+    BertConfig,
+    BertForQuestionAnswering,
+)
 
 from configs.evaluate_schema import EvaluateConfig, EvaluatedTaskConfig, LatencyConfig
 from configs.load import ConfigError
-from configs.schema import TrackingConfig
+from configs.schema import TeacherConfig, TrackingConfig
+from configs.task_schema import TaskConfig, TaskSourceConfig
 from launcher.evaluate import evaluate, opened
 from launcher.measuring import results
 from sharding.labels import read_labels
-from sharding.manifest import open_corpus
+from sharding.manifest import Corpus, open_corpus
 from sharding.stream import sequential
+from sharding.task_corpus import build
+from tests.conftest import WORDS
 from tests.tiny_task import write_tiny_model, write_tiny_task
 
 
@@ -112,3 +121,93 @@ def test_all_problems_are_told_at_once(made: Path, tmp_path: Path) -> None:
     assert [
         part in str(caught.value) for part in ("is no report", "nothing-* does not exist", "tasks.1")
     ] == [True] * 3
+
+
+def test_answers_in_texts_are_judged_as_texts(tiny_tokenizer: Path, tmp_path: Path) -> None:
+    """One word is the answer, and a model finds it mostly: all forms are scored by the texts they mean."""
+    random, mark = np.random.default_rng(0), WORDS[0]
+    for name, count in (("train", 120), ("dev", 40)):
+        asked = []
+        for number in range(count):
+            words = random.choice(WORDS[1:], int(random.integers(5, 15))).tolist()
+            words.insert(int(random.integers(len(words))), mark)
+            context = " ".join(words)
+            answers = [{"text": mark, "answer_start": len(" ".join(["", *words]).split(f" {mark} ")[0])}]
+            qas = [{"id": f"{name}{number}", "question": "which", "answers": answers}]
+            asked.append({"title": "t", "paragraphs": [{"context": context, "qas": qas}]})
+        (tmp_path / f"{name}-v1.1.json").write_text(json.dumps({"version": "1.1", "data": asked}))
+    build(
+        TaskConfig(
+            task="squad",
+            output=str(tmp_path / "out"),
+            source=TaskSourceConfig(path=str(tmp_path)),
+            seq_len=96,
+            teacher=TeacherConfig(model=str(tiny_tokenizer)),
+        )
+    )
+    corpus = open_corpus(tmp_path / "out/data")
+    write_answerer(tmp_path / "teacher", tiny_tokenizer, corpus)
+    task = EvaluatedTaskConfig(
+        str(tmp_path / "out/data"), str(tmp_path / "teacher"), {"student": [str(tmp_path / "teacher")]}
+    )
+    latency = LatencyConfig(seq_len=16, batch_rows=[1], repeats=1)
+    config = EvaluateConfig(
+        output=str(tmp_path / "report"),
+        tasks=[task],
+        latency=latency,
+        tracking=TrackingConfig(enabled=False),
+    )
+    found = evaluate(config, opened(config))
+    (column,) = found.columns
+    # The answer is one word: by the stock model it is found where the likeliest start is the mark.
+    model = BertForQuestionAnswering.from_pretrained(tmp_path / "teacher").eval()
+    (marked,) = AutoTokenizer.from_pretrained(tiny_tokenizer)(mark, add_special_tokens=False).input_ids
+    hits = []
+    for row in sequential(corpus, "heldout", rows=10**6, batch_rows=1, rank=0, world_size=1):
+        ids = row.ids_BS[:, : int(row.length_B)]
+        answer = model(
+            input_ids=ids, token_type_ids=(torch.arange(ids.shape[1]) >= row.segment_B).long()[None]
+        )
+        hits.append(
+            ids[0, answer.start_logits.argmax()] == marked and ids[0, answer.end_logits.argmax()] == marked
+        )
+    assert np.mean(hits) > 0.5
+    for form in ("pytorch", "onnx"):
+        (scores,) = found.teacher.scores[form][column.name]
+        assert scores["exact"] == pytest.approx(np.mean(hits), abs=0.1) and scores["f1"] >= scores["exact"]
+    assert "exact" in (tmp_path / "report/report.md").read_text()
+
+
+def write_answerer(folder: Path, tokenizer: Path, corpus: Corpus) -> None:
+    """A tiny BERT trained to answer the corpus's questions."""
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        model = BertForQuestionAnswering(
+            BertConfig(
+                vocab_size=232,
+                hidden_size=24,
+                num_hidden_layers=1,
+                num_attention_heads=2,
+                intermediate_size=40,
+                max_position_embeddings=96,
+                hidden_dropout_prob=0.0,
+            )
+        )
+        rows = corpus.split("train").rows
+        batch = next(sequential(corpus, "train", rows=rows, batch_rows=rows, rank=0, world_size=1))
+        index_S = torch.arange(batch.ids_BS.shape[1])
+        mask_BS, types_BS = index_S < batch.length_B[:, None], index_S >= batch.segment_B[:, None]
+        labels = torch.from_numpy(read_labels(corpus, "train")).long()
+        optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2)
+        for _ in range(50):
+            model(
+                input_ids=batch.ids_BS,
+                attention_mask=mask_BS.long(),
+                token_type_ids=(types_BS & mask_BS).long(),
+                start_positions=labels[:, 0],
+                end_positions=labels[:, 1],
+            ).loss.backward()
+            optimizer.step()
+            optimizer.zero_grad()
+    model.save_pretrained(folder)
+    AutoTokenizer.from_pretrained(tokenizer).save_pretrained(folder)

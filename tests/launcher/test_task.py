@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from mlflow import MlflowClient
 from transformers import AutoModelForSequenceClassification
 
 from configs.load import from_dict
@@ -78,7 +79,8 @@ def folder(tmp_path_factory: pytest.TempPathFactory, tiny_teacher: Path) -> Path
         ("prediction", 2, "torchrun"),
         ("baseline", 1, "python"),
     ):
-        done = run(config, folder, f"stage={stage}", ranks=ranks, by=by)
+        tracked = f"tracking.enabled={str(stage == 'prediction').lower()}"
+        done = run(config, folder, f"stage={stage}", tracked, ranks=ranks, by=by)
         assert done.returncode == 0, f"{stage}: {done.stdout}{done.stderr}"
         (folder / f"{stage}.log").write_text(done.stdout + done.stderr)
     return folder
@@ -96,6 +98,19 @@ def test_every_stage_learns_the_task(folder: Path) -> None:
     assert accuracy(folder, "baseline", "copied") > 0.6
     losses = [entry["losses"]["total"] for entry in evaluations(str(folder / "run/intermediate"))]
     assert losses[-1] < losses[0]
+
+
+def test_a_stage_is_found_in_mlflow_beside_all_runs_of_the_folder(folder: Path) -> None:
+    client = MlflowClient(tracking_uri=f"sqlite:///{folder}/mlflow/mlflow.db")
+    experiment = client.get_experiment_by_name("distillation")
+    assert experiment is not None
+    runs = {run.info.run_name: run for run in client.search_runs([experiment.experiment_id])}
+    assert sorted(runs) == ["blank", "copied", "sst2-prediction"]
+    parent, child = runs["sst2-prediction"], runs["copied"]
+    assert (parent.data.tags["stage"], parent.data.tags["task"]) == ("prediction", "sst2")
+    assert child.data.tags["mlflow.parentRunId"] == parent.info.run_id
+    score = client.get_metric_history(child.info.run_id, "heldout/score/accuracy")[-1].value
+    assert score == pytest.approx(accuracy(folder, "prediction", "copied"))
 
 
 def test_what_is_exported_says_the_same_of_the_same_rows(folder: Path) -> None:
