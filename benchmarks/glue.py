@@ -48,7 +48,7 @@ class Recipe:
     seq_len: int = 128
     micro_rows: int = 8
     teacher: dict[str, float] = field(default_factory=lambda: {"epochs": 3})
-    intermediate: dict[str, float] = field(default_factory=lambda: {"epochs": 2})
+    intermediate: dict[str, float] = field(default_factory=lambda: {"epochs": 1})
     heads: dict[str, float] = field(default_factory=lambda: {"epochs": 2})
     """Prediction stage and the fine-tuned arm alike."""
 
