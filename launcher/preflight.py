@@ -1,8 +1,15 @@
 """Before a run: ``python launcher/preflight.py --config configs/general_4x312.yaml [key=value ...]``.
 
-Checks the configuration as ``launcher/general.py`` does; says what every placement of the teacher needs in
-memory, and what a machine like this one has; and measures on one micro batch of the corpus how far the
-teacher's precision takes the students' losses from float32. Run it where the job will run.
+Checks the configuration as ``launcher/general.py`` does, then trains a few steps of the real run on full
+rows of random tokens, and prints a plan: hosts and the network between them, memory by part, the micro
+batches that fit, advice on placement, ZeRO stage and batch, time and device-hours of the whole run, disk, and
+how far the teacher's precision takes the losses from float32. It writes nothing.
+
+Start it as the run will be started, and what it measures is the run's own:
+
+    deepspeed launcher/preflight.py --config FILE          srun python launcher/preflight.py --config FILE
+
+As a plain process it measures one rank; ``--ranks`` then says for how many the plan is made.
 """
 
 import sys
@@ -15,29 +22,40 @@ if __package__ in (None, ""):
 import argparse
 import logging
 import os
+import shutil
+import socket
+import time
+from collections import defaultdict
 from collections.abc import Sequence
 from dataclasses import replace
 from functools import partial
 
 import torch
+import torch.distributed as dist
 from rich.console import Console
 from rich.table import Table
 
 from configs.load import ConfigError, load_config
 from configs.public import log_publicly, public
 from configs.schema import Placement, Precision, Quantization, RunConfig
+from launcher import plan
 from launcher.checks import check, teacher_memory
+from launcher.facts import facts
+from launcher.plan import Forecast, Length
+from launcher.reporting import duration
+from launcher.trial import Trial, network, try_out
 from sharding.corpora import Corpora
 from sharding.stream import sequential
-from trainer import encoders, memory, shapes, world
+from trainer import encoders, engine, exits, meeting, memory, shapes, world
 from trainer.capture import Captured
 from trainer.deviation import deviations
 from trainer.evaluation import Encode
-from trainer.memory import Memory
+from trainer.loop import total_steps
+from trainer.memory import Memory, gib
 from trainer.models import Inputs, Student, build_student
 from trainer.teacher import load_teacher
 from trainer.transfer import Transfer, teacher_need
-from trainer.world import World
+from trainer.world import World, gather_over_ranks
 
 MOST_ROWS = 32  # on which deviations are measured
 
@@ -48,33 +66,196 @@ def main() -> int:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--config", help="YAML file, see configs/")
-    parser.add_argument("--ranks", type=int, default=1, help="ranks that the job will have")
+    parser.add_argument("--ranks", type=int, help="ranks that the job will have; not given: those that run")
     parser.add_argument("--ranks-per-host", type=int, help="of them on one host; not given: all")
-    parser.add_argument("--no-run", action="store_true", help="load no weights: no deviations")
+    parser.add_argument("--no-run", action="store_true", help="load no weights: nothing is measured")
+    parser.add_argument("--local_rank", help=argparse.SUPPRESS)  # the deepspeed launcher appends it
     parser.add_argument("overrides", nargs="*", help="key=value, such as teacher.placement=zero3")
     arguments = parser.parse_args()
     log_publicly(logging.WARNING)
-    console = Console(width=None if sys.stdout.isatty() else 120)
+    is_main = world.is_main(os.environ)
     try:
         config = load_config(RunConfig, arguments.config, arguments.overrides)
-        here = world.find(os.environ)
-        local = arguments.ranks_per_host or arguments.ranks
-        place = replace(here, size=arguments.ranks, local_size=local)
-        world.share_cores(here, config.train.threads)
-        corpora = check(config, place)
-        console.print("The configuration is sound.")
-        free, found = memory.free_memory(place.device), teacher_memory(config, place, corpora)
-        console.print(placement_table(config, found, place, free))
-        if problems := memory.check_fits(config.teacher, found, place, free):
-            raise ConfigError(problems)
-        if not arguments.no_run:
-            whole_fits = memory.fits(found[Placement.replicated], here, free)
-            device = here.device if whole_fits else torch.device("cpu")
-            console.print(deviation_table(config, corpora, replace(here, device=device)))
+        preflight(config, arguments, Console(quiet=not is_main, width=None if sys.stdout.isatty() else 120))
     except (ValueError, OSError) as error:
-        print(public(f"error: {error}"), file=sys.stderr)
-        return 2
-    return 0
+        if is_main:
+            print(public(f"error: {error}"), file=sys.stderr)
+        return exits.of(error)
+    if dist.is_initialized():
+        world.disconnect()
+    return exits.DONE
+
+
+def preflight(config: RunConfig, arguments: argparse.Namespace, console: Console) -> None:
+    """Check, measure and print.
+
+    Raises:
+        ConfigError: what would end the run, all of it that is found at one time.
+    """
+    here = world.find(os.environ)
+    planned = here
+    if here.size == 1 and arguments.ranks is not None:
+        planned = replace(here, size=arguments.ranks, local_size=arguments.ranks_per_host or arguments.ranks)
+    world.share_cores(here, config.train.threads)
+    corpora = meeting.or_tell(here, os.environ, config.timeouts, lambda: check(config, planned))
+    console.print("The configuration is sound.")
+    free, found = memory.free_memory(here.device), teacher_memory(config, planned, corpora)
+    console.print(placement_table(config, found, planned, free))
+    if problems := memory.check_fits(config.teacher, found, planned, free):
+        raise ConfigError(problems)
+    if arguments.no_run:
+        return
+    meeting.connect(here, os.environ, config.timeouts, facts(config, corpora))
+    engine.attach()
+    console.print(host_table(config, here))
+    if (links := network(here)) is not None:
+        speed = f"{links.bytes_per_s / 1e9:.2f} GB/s for gradients, {links.latency_s * 1e3:.2f} ms a message"
+        console.print(f"All {here.size} ranks reach each other: {speed}.")
+    tried = try_out(config, here, corpora)
+    console.print(memory_table(config, tried))
+    console.print(size_table(config, tried, planned))
+    for line in advice(config, tried, planned, corpora):
+        console.print(f"- {line}", highlight=False)
+    if problems := disk_problems(config, tried):
+        raise ConfigError(problems)
+    if here.is_main:  # it needs no other rank
+        whole_fits = memory.fits(found[Placement.replicated], replace(here, local_size=1), free)
+        device = here.device if whole_fits else torch.device("cpu")
+        alone = World(0, 1, 0, 1, device)
+        console.print(deviation_table(config, corpora, alone))
+
+
+def host_table(config: RunConfig, place: World) -> Table:
+    """Return hosts, their ranks, devices, free memory and disk, and clocks (collective)."""
+    on_device, on_host = memory.free_memory(place.device)
+    device = torch.cuda.get_device_name(place.device) if place.device.type == "cuda" else "CPU"
+    free_disk = shutil.disk_usage(_existing(Path(config.output))).free
+    own = (socket.gethostname(), device, on_device, on_host, free_disk, time.time())
+    hosts = defaultdict(list)
+    for record in gather_over_ranks(own):
+        hosts[record[0]].append(record)
+    table = Table(
+        "host", "ranks", "device", "free on a device", "free host memory", "free disk at output", "clock",
+        title="Hosts; code, versions, settings, corpus and teacher are equal on all",
+    )  # fmt: skip
+    for host, records in hosts.items():
+        _, device, on_device, on_host, free_disk, now = records[0]
+        free = gib(min(r[2] for r in records if r[2] is not None)) if on_device is not None else "the host's"
+        ahead_s = now - own[-1]
+        clock = "as rank 0's" if abs(ahead_s) < 2 else f"{ahead_s:+.0f} s from rank 0's"
+        table.add_row(host, str(len(records)), device, free, gib(on_host), gib(free_disk), clock)
+    return table
+
+
+def memory_table(config: RunConfig, tried: Trial) -> Table:
+    """Return what each part takes of a device, at the configured micro batch."""
+    parts, rows = tried.parts, config.train.micro_batch_rows
+    table = Table(
+        "part", "memory", "share",
+        title=f"Memory of one rank, measured at {rows} full rows a micro batch",
+        caption=f"available to it: {gib(tried.limit_bytes)}",
+    )  # fmt: skip
+    for name, size in (
+        ("Python and libraries", parts.process),
+        (f"teacher, {config.teacher.precision.value}, {config.teacher.placement.value}", parts.teacher),
+        (f"students: weights, gradients, optimizer, ZeRO {config.deepspeed.zero_stage}", parts.students),
+        ("activations, at the peak", parts.activations),
+        ("together", parts.total),
+    ):
+        table.add_row(name, gib(size), f"{size / tried.limit_bytes:.1%}")
+    return table
+
+
+def size_table(config: RunConfig, tried: Trial, planned: World) -> Table:
+    """Return the micro batches that were tried."""
+    table = Table(
+        "rows a micro batch", "micro batch", "optimizer", "rows/s of all ranks", "peak memory", "of a device",
+        title="Micro batches, measured",
+    )  # fmt: skip
+    for size in tried.sizes:
+        mark = " (configured)" if size.rows == config.train.micro_batch_rows else ""
+        table.add_row(
+            f"{size.rows}{mark}",
+            f"{size.seconds:.3f} s",
+            f"{size.optimizer_s:.3f} s",
+            f"{planned.size * size.rows / size.seconds:,.1f}",
+            gib(size.peak_bytes),
+            f"{size.peak_bytes / tried.limit_bytes:.1%}",
+        )
+    return table
+
+
+def advice(config: RunConfig, tried: Trial, planned: World, corpora: Corpora) -> list[str]:
+    """Return the plan in sentences: how long, what it costs, and what to set otherwise."""
+    own, settings = tried.sizes[0], config.deepspeed
+    expected = plan.forecast(length(config, corpora), own, planned.size, tried.forward_share)
+    others = tried.parts.process + tried.parts.teacher + tried.parts.activations
+    stages = range(4) if settings.precision is Precision.fp32 else range(1, 4)
+    totals = {
+        stage: others
+        + sum(
+            sum(plan.student_bytes(count, stage, settings.precision, planned.size).values())
+            for count in tried.parameters.values()
+        )
+        for stage in stages
+    }
+    return [
+        forecast_line(expected, total_steps(config, corpora), planned),
+        plan.stage_advice(totals, settings.zero_stage, tried.limit_bytes),
+        plan.batch_advice(tried.sizes, plan.most_rows(tried.sizes, tried.limit_bytes)),
+        f"checkpoints take {gib(checkpoint_bytes(config, tried))} of disk at {config.output}",
+    ]
+
+
+def length(config: RunConfig, corpora: Corpora) -> Length:
+    """Return how much a run has to do."""
+    steps, every = total_steps(config, corpora), config.evaluation.every_steps
+    heldout = sum(corpus.split("heldout").rows for corpus in corpora.corpora) if every is not None else 0
+    return Length(
+        steps,
+        config.train.global_batch_rows,
+        1 + -(-steps // every) if every is not None else 0,
+        min(config.evaluation.rows or heldout, heldout),
+    )
+
+
+def forecast_line(expected: Forecast, steps: int, planned: World) -> str:
+    """Return the plan's first sentence."""
+    ranks = f"{planned.size} rank{'s' * (planned.size > 1)}"
+    measured = "" if world.find(os.environ).size == planned.size else ", if they are as fast as one alone"
+    return (
+        f"{steps} steps on {ranks} ({planned.device.type}) take {duration(expected.seconds)}{measured}: "
+        f"{expected.device_hours:,.1f} device-hours, {expected.rows_per_s:,.1f} rows/s; of it evaluations "
+        f"{duration(expected.evaluations_s)}. Rows shorter than these full ones do not go faster, but for "
+        "a task's, which are trimmed"
+    )
+
+
+def checkpoint_bytes(config: RunConfig, tried: Trial) -> int:
+    """Return the disk that checkpoints take: float32 weights and two moments of each student, one being
+    written beside those that are kept."""
+    kept = config.checkpoint.keep_last or 1
+    return 12 * sum(tried.parameters.values()) * (kept + 1)
+
+
+def disk_problems(config: RunConfig, tried: Trial) -> list[str]:
+    """Return the problem, if any, of an output folder that cannot take the run's checkpoints."""
+    parent = _existing(Path(config.output))
+    if not os.access(parent, os.W_OK):
+        return [f"output={config.output}: {parent} cannot be written; name another folder, or its owner's"]
+    needed, free = checkpoint_bytes(config, tried), shutil.disk_usage(parent).free
+    if needed <= free:
+        return []
+    return [
+        f"output={config.output}: checkpoints take {gib(needed)}, and {gib(free)} are free at {parent}; free "
+        "space, lower checkpoint.keep_last, or name another folder"
+    ]
+
+
+def _existing(path: Path) -> Path:
+    """The nearest folder that is there."""
+    path = path.absolute()
+    return next(parent for parent in (path, *path.parents) if parent.exists())
 
 
 def placement_table(
@@ -143,4 +324,4 @@ def encoding(
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    exits.leave(main())

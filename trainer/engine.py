@@ -52,8 +52,9 @@ class StepResult:
 
 def attach() -> None:
     """Let DeepSpeed use the process group that exists (collective)."""
-    # DeepSpeed 0.19.8 calls a collective by the name that torch 2.13 has begun to retire.
-    warnings.filterwarnings("ignore", message=".*all_gather_into_tensor.*", category=FutureWarning)
+    # DeepSpeed 0.19.8 calls collectives by names that torch 2.13 has begun to retire.
+    for name in ("all_gather_into_tensor", "reduce_scatter_tensor"):
+        warnings.filterwarnings("ignore", message=f".*{name}.*", category=FutureWarning)
     # On CPU deepspeed would compile a shared-memory collective for a minute, only for ranks on one host.
     deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
     deepspeed.init_distributed(auto_mpi_discovery=False, verbose=False, dist_init_required=False)

@@ -2,6 +2,7 @@
 
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
+from pathlib import Path
 
 import psutil
 import torch
@@ -132,3 +133,26 @@ def _activations(shape: PreTrainedConfig, need: Need, rows: int, seq_len: int, w
 
 def _linear(layers: nn.ModuleList) -> list[nn.Linear]:
     return [module for module in layers.modules() if isinstance(module, nn.Linear)]
+
+
+def used_bytes(device: torch.device) -> int:
+    """Return what this process has allocated on a device; on CPU its resident memory."""
+    return torch.cuda.memory_allocated(device) if device.type == "cuda" else _status_bytes("VmRSS")
+
+
+def restart_peak(device: torch.device) -> None:
+    """Let ``peak_bytes`` begin anew."""
+    if device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats(device)
+    else:
+        Path("/proc/self/clear_refs").write_text("5", encoding="ascii")
+
+
+def peak_bytes(device: torch.device) -> int:
+    """Return the most that was in use since ``restart_peak``."""
+    return torch.cuda.max_memory_allocated(device) if device.type == "cuda" else _status_bytes("VmHWM")
+
+
+def _status_bytes(field: str) -> int:
+    lines = Path("/proc/self/status").read_text(encoding="ascii").splitlines()
+    return next(int(line.split()[1]) for line in lines if line.startswith(field)) * 1024

@@ -110,6 +110,7 @@ class SpeedMeter:
     parts_s: dict[str, float] = field(default_factory=dict)  # per step of the span last reported
     _clock_s: dict[str, float] = field(default_factory=dict)  # the clock's, at the last report
     _asked_s: float = 0.0  # when the step in progress asked for its rows
+    _began_s: float | None = None  # when this process's first step did
     _reported_s: float = field(default_factory=time.perf_counter)  # when the last report was made
 
     def timed(self, batches: Iterable[Batch]) -> Iterator[Batch]:
@@ -117,6 +118,7 @@ class SpeedMeter:
         iterator = iter(batches)
         while True:
             self._asked_s = time.perf_counter()
+            self._began_s = self._asked_s if self._began_s is None else self._began_s
             with self.clock.part("data"):
                 batch = next(iterator, None)
             if batch is None:
@@ -131,16 +133,23 @@ class SpeedMeter:
         self.steps += 1
 
     def report(self, rows_left: int, world: World) -> dict[str, float]:
-        """Return this span's figures and reset; the time left goes by the mean speed of this process."""
+        """Return this span's figures and reset.
+
+        Of the time left there are two: ``time/eta_s`` by the wall clock since this process's first step, with
+        evaluations, saves and whatever else came between steps; ``time/eta_by_rows_s`` as if the rest were
+        nothing but steps at this span's speed.
+        """
         self.total_rows += self.rows
         self.total_s += self.span_s
+        wall_s = time.perf_counter() - self._began_s if self._began_s is not None else self.total_s
         rows_per_s = self.rows / self.span_s
         split_s = self._split()
         figures = {
             "speed/rows_per_s": rows_per_s,
             "speed/tokens_per_s": self.tokens / self.span_s,
             "speed/step_s": self.span_s / self.steps,
-            "time/eta_s": rows_left * self.total_s / self.total_rows,
+            "time/eta_s": rows_left * wall_s / self.total_rows,
+            "time/eta_by_rows_s": rows_left / rows_per_s,
             **{f"time/{part}_s": part_s for part, part_s in split_s.items()},
             **{f"share/{part}": part_s * self.steps / self.span_s for part, part_s in split_s.items()},
             **self._checkpoint(),

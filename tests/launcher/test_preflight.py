@@ -1,20 +1,27 @@
 """launcher/preflight.py on a real configuration, as a process."""
 
+import re
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
+import torch
 import yaml
 
-from tests.launcher.conftest import ROOT
+from configs.schema import DataConfig
+from launcher.trial import full_batch
+from sharding.corpora import open_corpora
+from tests.launcher.conftest import ROOT, command
+from trainer.world import World
 
 
 def preflight(folder: Path, config: dict[str, Any], *arguments: str) -> subprocess.CompletedProcess[str]:
     path = folder / "run.yaml"
     path.write_text(yaml.safe_dump(config), encoding="utf-8")
-    command = [sys.executable, str(ROOT / "launcher/preflight.py"), "--config", str(path), *arguments]
-    return subprocess.run(command, cwd=folder, capture_output=True, text=True, timeout=120)
+    line = [sys.executable, str(ROOT / "launcher/preflight.py"), "--config", str(path), *arguments]
+    return subprocess.run(line, cwd=folder, capture_output=True, text=True, timeout=300)
 
 
 def deviations(printed: str) -> dict[str, float]:
@@ -52,3 +59,45 @@ def test_it_shows_what_does_not_fit_and_then_refuses_it(run_config: dict[str, An
     assert "│ no" in done.stdout
     assert "teacher.placement=replicated needs" in done.stderr
     assert "lower train.micro_batch_rows" in done.stderr
+
+
+def test_ranks_try_the_run_out_and_print_a_plan(run_config: dict[str, Any], tmp_path: Path) -> None:
+    """Two real ranks at ZeRO 3; every figure of the plan follows from those in the tables."""
+    line = command(tmp_path, run_config, "deepspeed.zero_stage=3", "train.steps=100", ranks=2, by="torchrun")
+    line = [str(ROOT / "launcher/preflight.py") if part.endswith("general.py") else part for part in line]
+    done = subprocess.run(line, capture_output=True, text=True, timeout=300, cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    assert re.search(r"All 2 ranks reach each other: \d+\.\d\d GB/s", done.stdout)
+    cells = [[cell.strip() for cell in line.split("│")[1:-1]] for line in done.stdout.splitlines()]
+    sizes = [row for row in cells if len(row) == 6 and row[4].endswith("GiB") and row[1].endswith(" s")]
+    assert sizes[0][0] == "4 (configured)" and [row[0] for row in sizes[1:]] == [
+        str(4 * 2 ** (n + 1)) for n in range(len(sizes) - 1)
+    ]
+    micro_s, optimizer_s = (float(sizes[0][n].removesuffix(" s")) for n in (1, 2))
+    told = " ".join(done.stdout.split())
+    plan = re.search(r"100 steps on 2 ranks \(cpu\) take .*?, ([\d.]+) rows/s", told)
+    assert plan is not None
+    expected = 24 / (3 * micro_s + optimizer_s)  # three micro batches of four on each rank
+    assert abs(float(plan[1]) / expected - 1) < 0.2  # the table rounds to milliseconds
+    parts = {row[0]: row[1] for row in cells if len(row) == 3 and row[1].endswith("GiB")}
+    assert any(name.startswith("students") and name.endswith("ZeRO 3") for name in parts)
+    assert "deepspeed.zero_stage=2 fits as well" in told
+    assert not Path(run_config["output"]).exists()
+
+
+def test_the_trials_rows_are_full(tiny_corpus: Path) -> None:
+    run: Any = SimpleNamespace(
+        corpora=open_corpora(DataConfig(corpus=str(tiny_corpus))),
+        world=World(1, 2, 1, 2, torch.device("cpu")),
+    )
+    batch = full_batch(run, 6)
+    assert batch.ids_BS.shape == (6, 32) and batch.length_B.tolist() == [32] * 6
+    assert 0 <= int(batch.ids_BS.min()) and int(batch.ids_BS.max()) < 232
+
+
+def test_an_output_that_cannot_take_the_checkpoints_is_refused(
+    run_config: dict[str, Any], tmp_path: Path
+) -> None:
+    done = preflight(tmp_path, run_config, "checkpoint.keep_last=100000000", "teacher.precision=fp32")
+    assert done.returncode == 2
+    assert "checkpoints take" in done.stderr and "lower checkpoint.keep_last" in done.stderr

@@ -119,6 +119,7 @@ def test_figures_by_hand(meter, size):
     meter.rows, meter.tokens, meter.steps, meter.span_s = 16, 600, 1, 2.0
     figures = meter.report(rows_left=32, world=world)
     assert figures["speed/rows_per_s"] == 8.0 and figures["time/data_s"] == 0.0
+    assert figures["time/eta_by_rows_s"] == 4.0
     assert figures["time/eta_s"] == 6.0 and (meter.total_rows, meter.total_s) == (32, 6.0)
     assert (meter.rows, meter.tokens, meter.steps, meter.span_s) == (0, 0, 0, 0.0)
 
@@ -149,7 +150,8 @@ def test_a_step_is_split_into_its_parts(meter, monkeypatch):
     seen = []
     steps(read())
     assert seen == [1, 2, 3] and meter.seconds()["step"] == 60.0
-    figures = meter.report(rows_left=0, world=ALONE)
+    figures = meter.report(rows_left=24, world=ALONE)
+    assert figures["time/eta_by_rows_s"] == 60.0 and figures["time/eta_s"] == 360.0
     expected = {
         "data": 2,
         "teacher": 7,
