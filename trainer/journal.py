@@ -75,7 +75,7 @@ class Journal:
     # The writer
 
     def append(self, entries: Iterable[Entry]) -> None:
-        """Write entries; those that an error kept from the disk are written first by the next call.
+        """Write entries; after an error the next call writes them first, those that it may hold already too.
 
         Raises:
             OSError: the disk did not take them.

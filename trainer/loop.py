@@ -295,7 +295,7 @@ def _log(run: Run, listener: Listener) -> None:
 def _position(run: Run) -> dict[str, float]:
     """How far the run has come, over all its rows and in each of several corpora."""
     rows, parts = run.progress.rows, run.corpora.parts
-    found = {"progress/rows": rows, "progress/tokens": run.progress.tokens}
+    found: dict[str, float] = {"progress/rows": rows, "progress/tokens": run.progress.tokens}
     found["progress/epoch"] = rows / run.corpora.rows("train")
     if len(parts) > 1:
         consumed = run.corpora.mixture(run.config.train.global_batch_rows).consumed(rows).tolist()
