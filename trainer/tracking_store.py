@@ -10,6 +10,7 @@ from urllib.parse import urlsplit
 from mlflow import MlflowClient
 from mlflow.entities import LifecycleStage
 from mlflow.exceptions import InvalidUrlException, MlflowException
+from mlflow.store.db.db_types import DATABASE_ENGINES
 from mlflow.utils.credentials import get_default_host_creds
 from mlflow.utils.rest_utils import http_request, verify_rest_response
 
@@ -25,8 +26,8 @@ class TrackingError(ValueError):
 def unusable(uri: str, happened: object) -> TrackingError:
     """Return the error that says so."""
     return TrackingError(
-        f"tracking.uri={public(uri)} cannot be used: {public(str(happened))}. Correct the URI, its user and "
-        "password, or tracking.experiment; or track into a local file "
+        f"tracking.uri={public(uri)} cannot be used: {public(str(happened))}. Correct the URI, "
+        "credentials or tracking.experiment; or track into a local file "
         "(tracking.uri=sqlite:////path/to/mlflow.db), or not at all (tracking.enabled=false)"
     )
 
@@ -117,7 +118,7 @@ def _reach(uri: str) -> None:
         file.parent.mkdir(parents=True, exist_ok=True)
         with closing(sqlite3.connect(file, timeout=REACH_S)) as connection:
             connection.execute("BEGIN IMMEDIATE")  # fails now if this is no database or cannot be written
-    elif parts.hostname and parts.port:
+    elif parts.scheme.partition("+")[0] in DATABASE_ENGINES and parts.hostname and parts.port:
         socket.create_connection((parts.hostname, parts.port), timeout=REACH_S).close()
 
 
