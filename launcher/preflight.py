@@ -42,8 +42,8 @@ from launcher import plan
 from launcher.checks import check, teacher_memory
 from launcher.facts import facts
 from launcher.plan import Forecast, Length
-from launcher.reporting import duration
 from launcher.trial import Trial, network, try_out
+from launcher.wording import duration
 from sharding.corpora import Corpora
 from sharding.stream import sequential
 from trainer import encoders, engine, exits, meeting, memory, shapes, world

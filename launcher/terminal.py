@@ -17,9 +17,9 @@ from rich.table import Table
 from rich.text import Text
 
 from configs.public import public
+from launcher.wording import KINDS, duration
 
 REFRESHES_PER_S = 1.0  # the clock runs, and the training's threads are left alone
-KINDS = ("embedding", "hidden", "cosine", "attention", "relation", "prediction", "logits", "labels")
 PARTS = ("data", "teacher", "forward", "losses", "backward", "optimizer", "other")
 
 Figures = Mapping[str, Mapping[str, float]]
@@ -165,15 +165,3 @@ class Terminal:
         self._streams.clear()
         if self.is_live:
             self.live.stop()
-
-
-def duration(seconds: float) -> str:
-    """Return seconds as ``2d03h``, ``3h07m``, ``4m05s`` or ``6s``."""
-    minutes, s = divmod(round(seconds), 60)
-    hours, m = divmod(minutes, 60)
-    days, h = divmod(hours, 24)
-    if days:
-        return f"{days}d{h:02d}h"
-    if hours:
-        return f"{h}h{m:02d}m"
-    return f"{m}m{s:02d}s" if minutes else f"{s}s"

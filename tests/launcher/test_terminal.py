@@ -6,7 +6,7 @@ import time
 
 from rich.console import Console
 
-from launcher.terminal import Terminal, View, duration
+from launcher.terminal import Terminal, View
 
 
 def shown(view: View, width: int = 120) -> str:
@@ -102,12 +102,3 @@ def test_without_a_terminal_there_is_no_panel() -> None:
     with Terminal(View("general", 100, 2400), Console(file=file, force_terminal=False)) as quiet:
         assert not quiet.is_live
     assert file.getvalue() == ""
-
-
-def test_durations() -> None:
-    assert [duration(s) for s in (6, 65, 3 * 3600 + 420, 2 * 86400 + 3 * 3600)] == [
-        "6s",
-        "1m05s",
-        "3h07m",
-        "2d03h",
-    ]
