@@ -56,6 +56,7 @@ def _parser() -> argparse.ArgumentParser:
     build.add_argument(
         "--stage", choices=("prepare", "pack", "join"), help="one stage alone, as in a job array"
     )
+    build.add_argument("--dry-run", action="store_true", help="check the settings, and do nothing")
     build.add_argument("--task", type=_task, help="I/N: the share I, from 0, of N of prepare or pack")
     build.add_argument(
         "overrides", nargs="*", metavar="key=value", help="such as output=corpora/wiki seq_len=128"
@@ -118,6 +119,9 @@ def _build(options: argparse.Namespace) -> int:
     if options.task and options.stage not in ("prepare", "pack"):
         raise CorpusError(f"--task goes with --stage prepare or pack, not with --stage {options.stage}")
     config = load_config(CorpusConfig, options.config, options.overrides)
+    if options.dry_run:
+        print(f"dry run: {config.source.path} into {config.output}, rows of {config.seq_len} tokens")
+        return 0
     if options.stage in ("prepare", "pack"):
         stage = prepare if options.stage == "prepare" else pack
         stage(config, *(options.task or (0, 1)), progress=True)

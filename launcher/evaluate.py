@@ -44,6 +44,7 @@ def main() -> int:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--config", help="YAML file")
+    parser.add_argument("--dry-run", action="store_true", help="check everything, and do nothing")
     parser.add_argument("overrides", nargs="*", help="key=value, such as latency.repeats=20")
     arguments = parser.parse_args()
     log_publicly(logging.INFO, "%(asctime)s %(message)s")
@@ -51,7 +52,13 @@ def main() -> int:
         logging.getLogger(chatty).setLevel(logging.WARNING)
     try:
         config = load_config(EvaluateConfig, arguments.config, arguments.overrides)
-        evaluate(config, opened(config))
+        tasks = opened(config)
+        if arguments.dry_run:
+            for task in tasks:
+                arms = ", ".join(f"{name} ({len(found)})" for name, found in task.models.items())
+                log.info("dry run: %s: models %s", task.columns[0].name, arms)
+            return exits.DONE
+        evaluate(config, tasks)
     except (ValueError, OSError) as error:
         print(public(f"\nerror: {error}"), file=sys.stderr, flush=True)
         return exits.of(error)

@@ -40,7 +40,7 @@ def main() -> int:
     def work() -> int:
         load = partial(load_config, RunConfig, arguments.config, arguments.overrides)
         config = meeting.or_tell(world.find(os.environ), os.environ, None, load)
-        return job.distil(config, stations, arguments.profile_steps)
+        return job.distil(config, stations, arguments.profile_steps, arguments.dry_run)
 
     return job.guarded(work)
 

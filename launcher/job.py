@@ -28,7 +28,7 @@ from launcher.facts import facts
 from launcher.reporting import Reporter
 from launcher.runfolder import RunFolder
 from launcher.tracked import Tracked
-from launcher.wording import duration
+from launcher.wording import duration, ranks_in_words
 from sharding.corpora import Corpora
 from sharding.files import write_text
 from trainer import checkpoint as checkpoints
@@ -37,7 +37,7 @@ from trainer.checkpoint import Checkpoint
 from trainer.clock import Stations
 from trainer.export import export
 from trainer.interruption import Interruption
-from trainer.loop import NonFiniteError, Run, train
+from trainer.loop import NonFiniteError, Run, total_steps, train
 from trainer.profile import Profile
 from trainer.system_metrics import sample_into
 from trainer.tracking_store import TrackingError
@@ -57,6 +57,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="profile three early steps into OUTPUT/profile, then go on",
     )
     parser.add_argument("--profile-steps", type=_steps, metavar="STEPS", help="the same with so many steps")
+    parser.add_argument(
+        "--dry-run", action="store_true", help="check everything, say what would be done, and do nothing"
+    )
     parser.add_argument("--local_rank", help=argparse.SUPPRESS)  # the deepspeed launcher appends it
     parser.add_argument("overrides", nargs="*", help="key=value, such as train.steps=100")
 
@@ -93,7 +96,9 @@ def guarded(work: Callable[[], int]) -> int:
             dist.destroy_process_group()
 
 
-def distil(config: RunConfig, stations: Stations, profile_steps: int | None = None) -> int:
+def distil(
+    config: RunConfig, stations: Stations, profile_steps: int | None = None, dry_run: bool = False
+) -> int:
     """Run the whole job: check, connect, resume or start, train, export; return the exit code."""
     place = world.find(os.environ)
     watchdog = Watchdog(place, config.timeouts.start_s)
@@ -105,6 +110,11 @@ def distil(config: RunConfig, stations: Stations, profile_steps: int | None = No
     corpora, equal = meeting.or_tell(place, os.environ, config.timeouts, lambda: checked(config, place))
     stations.passed("checks")
     meeting.connect(place, os.environ, config.timeouts, equal)
+    if dry_run:
+        rehearse(config, place, corpora)
+        world.disconnect()
+        watchdog.close()
+        return exits.DONE
     engine.attach()
     stations.passed("meeting")
     interruption.listen()  # before, there is nothing to save: a signal ends the process
@@ -157,6 +167,21 @@ def checked(config: RunConfig, place: World) -> tuple[Corpora, dict[str, str]]:
     return corpora, facts(config, corpora)
 
 
+def rehearse(config: RunConfig, place: World, corpora: Corpora) -> None:
+    """Say what the job would do (collective), after all that is checked before weights are loaded."""
+
+    def tell() -> None:
+        newest = newest_checkpoint(config, corpora)
+        begins = "from the start" if newest is None else f"from {newest}"
+        steps = f"{total_steps(config, corpora)} steps of {config.train.global_batch_rows} rows"
+        students = ", ".join(student.name for student in config.students)
+        log.info("dry run: %s on %s, %s, into %s", steps, ranks_in_words(place), begins, config.output)
+        log.info("dry run: students %s from teacher %s", students, config.teacher.model)
+        log.info("nothing was written. Time and memory: launcher/preflight.py with the same arguments")
+
+    world.on_main(place, tell)
+
+
 def leave_lost(error: Exception) -> NoReturn:
     """End this process after another rank, or the way to it, was lost; one rank says so for all."""
     if isinstance(error, meeting.UnreachableError):  # before training, and it knows more
@@ -180,7 +205,8 @@ def conduct(run: Run, reporter: Reporter, profile_steps: int | None) -> str | No
     if profile_steps is not None:
         run.profile = Profile(reporter.folder / "profile", run.world, run.speed, profile_steps, log.info)
     try:
-        stopped = train(run, reporter)
+        with reporter.terminal:
+            stopped = train(run, reporter)
     finally:
         reporter.finish_saving()
     if run.profile is not None:
@@ -276,6 +302,20 @@ def finish(run: Run, reporter: Reporter, wall_s: float) -> None:
         reporter.tracked.log_file(folder / "evaluations.jsonl")
     reporter.event("finished")
     log.info("done in %s. Load a student with AutoModel.from_pretrained(%r)", duration(wall_s), str(path))
+    for line in next_steps(config, str(path), reporter.tracked.run.url if reporter.tracked else None):
+        log.info("%s", line)
+
+
+def next_steps(config: RunConfig, export: str, url: str | None) -> list[str]:
+    """Return what people do after a run: look at it, score or use what it left."""
+    stage = config.tracking.tags.get("stage", "general")
+    following = {
+        "general": f"launcher/task.py with students.0.init={export}: distil a task (docs/tasks.md)",
+        "teacher": "launcher/task.py with stage=intermediate: distil it",
+        "intermediate": "launcher/task.py with stage=prediction: the predictions",
+    }
+    last = f"launcher/evaluate.py: scores and speed against the teacher; launcher/export.py --model {export}"
+    return [f"next: {following.get(stage, last)}", *([f"look at it: {url}"] if url is not None else [])]
 
 
 def retired_error(run: Run) -> NonFiniteError | None:

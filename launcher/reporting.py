@@ -8,11 +8,14 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from rich.console import Console
+
 from configs.load import to_dict
 from launcher import provenance
 from launcher.runfolder import RunFolder
+from launcher.terminal import Terminal, View
 from launcher.tracked import Tracked
-from launcher.wording import by_kind, duration, in_words
+from launcher.wording import by_kind, duration, in_words, ranks_in_words
 from trainer import checkpoint as checkpoints
 from trainer.checkpoint import Checkpoint, Progress
 from trainer.clock import Stations
@@ -45,6 +48,15 @@ class Reporter:
         self.watchdog = watchdog
         self.revision = provenance.revision()
         self.heldout: tuple[int, dict[str, float]] = (0, {})  # last evaluation: step, total loss by student
+        self.view = View(
+            f"{self.config.name} on {ranks_in_words(run.world)}",
+            run.total_steps,
+            run.total_steps * self.config.train.global_batch_rows,
+            step=run.progress.step,
+            rows=run.progress.rows,
+            where=tracked.run.url if tracked is not None else str(self.folder),
+        )
+        self.terminal = Terminal(self.view, Console(stderr=True, quiet=not run.world.is_main))
         self.writer = Writer(
             self.folder / "checkpoints",
             self.config.checkpoint,
@@ -72,7 +84,7 @@ class Reporter:
             split, seq_len = corpus.split("train"), corpus.manifest.seq_len
             counts = f"{split.rows} rows of up to {seq_len}, {split.tokens} tokens, {share:.1%} of the run"
             log.info("corpus %s: %s, fingerprint %s", corpus.store.location, counts, corpus.fingerprint[:12])
-        ranks = f"{run.world.size} ranks ({run.world.device.type})"
+        ranks = ranks_in_words(run.world)
         deepspeed = f"ZeRO stage {self.config.deepspeed.zero_stage}, {self.config.deepspeed.precision.value}"
         steps = f"{run.total_steps} steps of {train.global_batch_rows} rows"
         log.info("%s on %s, %s", steps, ranks, deepspeed)
@@ -93,11 +105,12 @@ class Reporter:
         """Print one line per student and log everything."""
         if not self.world.is_main:
             return
-        for student, figures in students.items():
+        self.view.report(progress.step, progress.rows, speed, students)
+        for student, figures in students.items() if not self.terminal.is_live else ():
             name = f" {student}" if len(self.run.trainees) > 1 else ""
             log.info(
                 "step %d/%d%s  loss %.4f (%s)  grad %.2f  lr %.2e  "
-                "%.1f rows/s  %.0f tokens/s  wait %.1f%%  ETA %s",
+                "%.1f rows/s  %.0f tokens/s  wait %.1f%%  ETA %s (%s by rows)",
                 progress.step,
                 self.run.total_steps,
                 name,
@@ -109,6 +122,7 @@ class Reporter:
                 speed["speed/tokens_per_s"],
                 100 * speed["share/data"],
                 duration(speed["time/eta_s"]),
+                duration(speed["time/eta_by_rows_s"]),
             )
         if self.tracked is not None:
             self.tracked.run.log_metrics(speed, progress.step)
@@ -120,6 +134,7 @@ class Reporter:
         self.heldout = progress.step, {name: losses["total"] for name, losses in students.items()}
         if not self.world.is_main:
             return
+        self.view.evaluated(*self.heldout)
         for student, losses in students.items():
             figures = {f"heldout/{key}": value for key, value in losses.items()}
             log.info(
@@ -268,6 +283,7 @@ class Reporter:
             )
             self.run_folder.event("save_failed", saved.step, reason=str(saved.error))
             return
+        self.view.saved = saved.step, time.monotonic()
         log.info(
             "step %d/%d  saved %s in %.1f s; training waited %.2f s",
             saved.step,

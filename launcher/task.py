@@ -61,6 +61,10 @@ def run(arguments: argparse.Namespace, stations: Stations) -> int:
         return named[0], load_config(TaskConfig, arguments.config, others)
 
     stage, config = meeting.or_tell(place, os.environ, None, load)
+    if stage in ("data", "augment") and arguments.dry_run:
+        if place.is_main:
+            log.info("dry run: the settings of stage=%s are sound, into %s", stage, config.output)
+        return exits.DONE
     if stage == "data":
         if place.is_main:  # seconds of one core; other ranks have nothing to do
             manifest = task_corpus.build(config)
@@ -78,7 +82,9 @@ def run(arguments: argparse.Namespace, stations: Stations) -> int:
         return exits.DONE
     assert stage in TRAINING
     students = meeting.or_tell(place, os.environ, None, lambda: learners(config, stage))
-    return job.distil(stage_config(config, stage, students), stations, arguments.profile_steps)
+    return job.distil(
+        stage_config(config, stage, students), stations, arguments.profile_steps, arguments.dry_run
+    )
 
 
 def tell_finished(config: TaskConfig, stage: str) -> None:

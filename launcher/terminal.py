@@ -146,7 +146,7 @@ class Terminal:
     @property
     def is_live(self) -> bool:
         """Whether a person sees the panel; else reports have to be lines."""
-        return self.console.is_terminal
+        return self.console.is_terminal and not self.console.quiet
 
     def __enter__(self) -> "Terminal":
         """Show the panel; what is logged appears above it."""

@@ -3,6 +3,8 @@
 import re
 from collections.abc import Mapping
 
+from trainer.world import World
+
 KINDS = ("embedding", "hidden", "cosine", "attention", "relation", "prediction", "logits", "labels")
 
 
@@ -25,6 +27,11 @@ def by_kind(figures: Mapping[str, float], prefix: str) -> str:
 def in_words(scores: Mapping[str, float]) -> str:
     """Return ``accuracy 0.9124, f1 0.9321``."""
     return ", ".join(f"{name} {value:.4f}" for name, value in scores.items())
+
+
+def ranks_in_words(world: World) -> str:
+    """Return ``8 ranks (cuda)``."""
+    return f"{world.size} rank{'s' * (world.size > 1)} ({world.device.type})"
 
 
 def duration(seconds: float) -> str:

@@ -1,12 +1,20 @@
-"""The panel, as a terminal of a given width shows it."""
+"""The panel, as a terminal shows it and in a real run; and a run that only says what it would do."""
 
 import io
 import logging
+import os
+import pty
+import re
+import subprocess
 import time
+from pathlib import Path
+from typing import Any
 
+import pytest
 from rich.console import Console
 
 from launcher.terminal import Terminal, View
+from tests.launcher.conftest import Launch, command
 
 
 def shown(view: View, width: int = 120) -> str:
@@ -102,3 +110,36 @@ def test_without_a_terminal_there_is_no_panel() -> None:
     with Terminal(View("general", 100, 2400), Console(file=file, force_terminal=False)) as quiet:
         assert not quiet.is_live
     assert file.getvalue() == ""
+
+
+@pytest.mark.network_of_ranks
+def test_a_run_on_a_terminal_and_a_dry_run_of_its_going_on(
+    run_config: dict[str, Any], general: Launch, tmp_path: Path
+) -> None:
+    """Two ranks on a pseudo-terminal: one panel, that of rank 0. Then the same with more steps, dry."""
+    inside, outside = pty.openpty()
+    line = command(tmp_path, run_config, ranks=2, by="torchrun")
+    environment = {**os.environ, "DS_ACCELERATOR": "cpu", "TERM": "xterm", "COLUMNS": "130"}
+    process = subprocess.Popen(line, cwd=tmp_path, env=environment, stdout=outside, stderr=outside)
+    os.close(outside)
+    shown = b""
+    while True:
+        try:
+            shown += os.read(inside, 65536)
+        except OSError:  # the other end is closed
+            break
+    assert process.wait(60) == 0, shown.decode()
+    text = re.sub(r"\x1b\[[0-9;?]*[A-Za-z]", "", shown.decode())
+    panel = text.rindex("tiny on 2 ranks (cpu)")
+    assert "step 6/6" in text[panel:] and "grad" in text[panel:]
+    assert text.count("\x1b") == 0 and "step 6/6  loss" not in text, "reports are in the panel alone"
+    assert "next: launcher/task.py" in text[panel:]
+
+    before = sorted(path.stat().st_mtime_ns for path in Path(run_config["output"]).rglob("*"))
+    done = general(run_config, "train.steps=9", "--dry-run", ranks=2, by="torchrun")
+    assert done.returncode == 0, done.stderr
+    assert re.search(r"dry run: 9 steps of 24 rows on 2 ranks \(cpu\), from .*step-00000006", done.stderr)
+    assert sorted(path.stat().st_mtime_ns for path in Path(run_config["output"]).rglob("*")) == before
+    refused = general(run_config, "--dry-run", "train.global_batch_rows=7", f"output={tmp_path}/new")
+    assert refused.returncode == 2 and "train.global_batch_rows=7" in refused.stderr
+    assert not (tmp_path / "new").exists()
