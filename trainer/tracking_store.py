@@ -17,6 +17,8 @@ from mlflow.utils.rest_utils import http_request, verify_rest_response
 from configs.public import public
 
 REACH_S = 5.0  # how long a store may take to answer at the start
+KIND_TAG = "mlflow.experimentKind"
+TRAINING_KIND = {KIND_TAG: "custom_model_development"}  # not GenAI
 
 
 class TrackingError(ValueError):
@@ -41,10 +43,7 @@ def check(uri: str, experiment: str, run_id: str | None) -> str | None:
     """
     try:
         if urlsplit(uri).scheme in ("http", "https"):
-            found = _ask(uri, "experiments/get-by-name", experiment_name=experiment).get("experiment", {})
-            stage = found.get("lifecycle_stage")
-            if run_id is not None:
-                stage = _ask(uri, "runs/get", run_id=run_id)["run"]["info"]["lifecycle_stage"]
+            stage = _ask_server(uri, experiment, run_id)
         else:
             _reach(uri)
             client = MlflowClient(uri)
@@ -83,28 +82,39 @@ def _may_heal(error: Exception) -> bool:
     return isinstance(error, ConnectionError | TimeoutError | socket.gaierror)
 
 
-def _ask(uri: str, what: str, **question: str) -> dict[str, Any]:
-    """The answer of a server to one question; empty if it does not know the thing asked for.
+def _ask_server(uri: str, experiment: str, run_id: str | None) -> str | None:
+    """Return the life-cycle stage of a run, else of the experiment; None if the server does not have it yet.
 
-    An ``MlflowClient`` cannot be told to give up early.
+    An experiment that is there is sent a tag that it has: who may only read is refused now.
     """
+    if run_id is not None:
+        return str(_ask(uri, "GET", "runs/get", run_id=run_id)["run"]["info"]["lifecycle_stage"])
+    try:
+        found = _ask(uri, "GET", "experiments/get-by-name", experiment_name=experiment)["experiment"]
+    except MlflowException as error:
+        if error.error_code == "RESOURCE_DOES_NOT_EXIST":
+            return None
+        raise
+    if found["lifecycle_stage"] == LifecycleStage.ACTIVE:
+        tags = TRAINING_KIND | {tag["key"]: tag["value"] for tag in found.get("tags", [])}
+        about = {"experiment_id": found["experiment_id"], "key": KIND_TAG, "value": tags[KIND_TAG]}
+        _ask(uri, "POST", "experiments/set-experiment-tag", **about)
+    return str(found["lifecycle_stage"])
+
+
+def _ask(uri: str, method: str, what: str, **question: str) -> dict[str, Any]:
+    """The answer of a server to one question; an ``MlflowClient`` cannot be told to give up early."""
     endpoint = f"/api/2.0/mlflow/{what}"
-    credentials = get_default_host_creds(uri)
     response = http_request(
-        credentials,
+        get_default_host_creds(uri),
         endpoint,
-        "GET",
+        method,
         max_retries=0,
         timeout=REACH_S,
         raise_on_status=False,
-        params=question,
+        **{"params" if method == "GET" else "json": question},
     )
-    try:
-        return dict(verify_rest_response(response, endpoint).json())
-    except MlflowException as error:
-        if error.error_code == "RESOURCE_DOES_NOT_EXIST" and "run_id" not in question:
-            return {}
-        raise
+    return dict(verify_rest_response(response, endpoint).json())
 
 
 def _reach(uri: str) -> None:
