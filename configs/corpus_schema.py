@@ -5,6 +5,8 @@ from enum import Enum
 
 from omegaconf import MISSING
 
+from configs.schema import TrackingConfig
+
 
 class Packing(Enum):
     """How documents fill rows."""
@@ -101,5 +103,7 @@ class CorpusConfig:
     """No shard grows past this size, unless a single document does."""
     processes: int | None = None
     """Worker processes; not set: one per core. The output does not depend on it."""
+    tracking: TrackingConfig = field(default_factory=lambda: TrackingConfig(enabled=False))
+    """MLflow: a run of its own for the build, off by default; ``under`` puts it into a pipeline."""
     overwrite: bool = False
     """Replace an existing corpus at ``output``; without it an existing corpus is an error."""

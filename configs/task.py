@@ -4,7 +4,7 @@ import os.path
 import re
 from dataclasses import replace
 
-from configs.schema import RunConfig, TrainConfig
+from configs.schema import RunConfig, TrackingConfig, TrainConfig
 from configs.student_schema import StudentConfig
 from configs.task_schema import HeadStageConfig, StageConfig, Start, TaskConfig
 from configs.validate import check_run
@@ -97,11 +97,18 @@ def stage_config(config: TaskConfig, stage: str, students: list[StudentConfig]) 
         checkpoint=config.checkpoint,
         timeouts=config.timeouts,
         log=config.log,
-        tracking=replace(
-            config.tracking,
-            folder=config.tracking.folder or f"{os.path.dirname(config.output) or '.'}/mlflow",
-            tags={"stage": stage, "task": config.task, **config.tracking.tags},
-        ),
+        tracking=tracking_of(config, stage),
+    )
+
+
+def tracking_of(config: TaskConfig, stage: str) -> TrackingConfig:
+    """Return how a stage is tracked: all stages of a task hang under one run, named by it."""
+    own = config.tracking
+    return replace(
+        own,
+        folder=own.folder or f"{os.path.dirname(config.output) or '.'}/mlflow",
+        under=[*own.under, config.task],
+        tags={"stage": stage, "task": config.task, **own.tags},
     )
 
 

@@ -15,13 +15,14 @@ import argparse
 import json
 import sys
 from collections.abc import Sequence
+from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 
 if __package__ in (None, ""):  # run as a script, Python puts launcher/ on the path instead of the repository
     sys.path[0] = str(Path(__file__).resolve().parents[1])
 
 from configs.corpus_schema import CorpusConfig  # noqa: E402
-from configs.load import ConfigError, load_config  # noqa: E402
+from configs.load import load_config, to_dict  # noqa: E402
 from configs.public import public  # noqa: E402
 from configs.schema import DataConfig, TrainConfig  # noqa: E402
 from sharding.manifest import CorpusError, open_corpus, read_manifest  # noqa: E402
@@ -35,7 +36,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     options = _parser().parse_args(arguments)
     try:
         return options.run(options)
-    except (ConfigError, CorpusError) as error:
+    except ValueError as error:  # of the config, the corpus, or tracking
         print(public(f"corpus.py: error: {error}"), file=sys.stderr)
         return 2
     except KeyboardInterrupt:
@@ -126,7 +127,8 @@ def _build(options: argparse.Namespace) -> int:
         stage = prepare if options.stage == "prepare" else pack
         stage(config, *(options.task or (0, 1)), progress=True)
         return 0
-    manifest = join(config) if options.stage == "join" else build(config, progress=True)
+    with _tracked(config):
+        manifest = join(config) if options.stage == "join" else build(config, progress=True)
     for name, split in manifest.splits.items():
         print(f"{name}: {split.documents:,} documents, {split.rows:,} rows, {split.tokens:,} tokens")
     for reason, documents in vars(manifest.left_out).items():
@@ -134,6 +136,15 @@ def _build(options: argparse.Namespace) -> int:
             print(f"left out, {reason.replace('_', ' ')}: {documents:,} documents")
     print(f"corpus {config.output}, fingerprint {manifest.fingerprint}")
     return 0
+
+
+def _tracked(config: CorpusConfig) -> AbstractContextManager[None]:
+    if not config.tracking.enabled:
+        return nullcontext()
+    from launcher.tracked import corpus_run  # torch and mlflow are not for every builder
+
+    output = Path(config.output)
+    return corpus_run(output.name, config.tracking, output, "corpus", to_dict(config))
 
 
 def _verify(options: argparse.Namespace) -> int:

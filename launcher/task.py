@@ -18,14 +18,16 @@ if __package__ in (None, ""):  # as in launcher/general.py
 import argparse
 import logging
 import os
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import replace
 
-from configs.load import ConfigError, load_config
+from configs.load import ConfigError, load_config, to_dict
 from configs.student_schema import StudentConfig
-from configs.task import STAGES, TRAINING, corpus_of, stage_config
+from configs.task import STAGES, TRAINING, corpus_of, stage_config, tracking_of
 from configs.task_schema import TaskConfig
 from launcher import job
 from launcher.runfolder import RunFolder
+from launcher.tracked import corpus_run
 from sharding import task_corpus
 from trainer import augmentation, encoders, exits, meeting, shapes, world
 from trainer.clock import Stations
@@ -67,14 +69,17 @@ def run(arguments: argparse.Namespace, stations: Stations) -> int:
         return exits.DONE
     if stage == "data":
         if place.is_main:  # seconds of one core; other ranks have nothing to do
-            manifest = task_corpus.build(config)
+            with tracked(config, stage, corpus_of(config)):
+                manifest = task_corpus.build(config)
             log.info("corpus %s, fingerprint %s", corpus_of(config), manifest.fingerprint)
             tell_finished(config, stage)
         return exits.DONE
     if stage == "augment":
         meeting.connect(place, os.environ, config.timeouts)
         watchdog = Watchdog(place, config.timeouts.step_s)
-        augmentation.augment(config, place, watchdog.beat)
+        where = config.augmented or f"{config.output}/augmented"
+        with tracked(config, stage, where) if place.is_main else nullcontext():
+            augmentation.augment(config, place, watchdog.beat)
         world.disconnect()
         watchdog.close()
         if place.is_main:
@@ -85,6 +90,12 @@ def run(arguments: argparse.Namespace, stations: Stations) -> int:
     return job.distil(
         stage_config(config, stage, students), stations, arguments.profile_steps, arguments.dry_run
     )
+
+
+def tracked(config: TaskConfig, stage: str, output: str) -> AbstractContextManager[None]:
+    """Return what tracks the building of one of the task's corpora."""
+    name = f"{config.task}-{stage}"
+    return corpus_run(name, tracking_of(config, stage), Path(output), stage, to_dict(config))
 
 
 def tell_finished(config: TaskConfig, stage: str) -> None:

@@ -2,20 +2,23 @@
 
 import json
 import os
+import socket
 import sys
 import time
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from datetime import datetime
 from pathlib import Path
 from typing import Any
 
 from configs.load import to_dict
 from configs.public import public
-from configs.schema import RunConfig
+from configs.schema import RunConfig, TrackingConfig
 from launcher import provenance
 from launcher.runfolder import RunFolder
 from launcher.wording import duration, in_words
 from sharding.corpora import Corpora
+from sharding.manifest import open_corpus
 from trainer.system_metrics import NodeSamples
 from trainer.tracking import Run, flatten
 
@@ -130,6 +133,54 @@ class Tracked:
             how = "with failed students" if failed and status == "FINISHED" else ended
             outcome = "; ".join(part[:MAX_OUTCOME_CHARS] for part in [*told, age(self.folder), how] if part)
             run.finish("FAILED" if failed else status, outcome=public(outcome))
+
+
+@contextmanager
+def corpus_run(
+    name: str, settings: TrackingConfig, output: Path, stage: str, params: Mapping[str, Any]
+) -> Iterator[None]:
+    """Track what is done within as the building of the corpus that is at ``output`` in the end.
+
+    Raises:
+        TrackingError: the store refuses.
+    """
+    if not settings.enabled:
+        yield
+        return
+    tags = {
+        "mlflow.source.name": f"launcher/{Path(sys.argv[0]).name}",
+        "mlflow.source.git.commit": provenance.revision(),
+        "stage": stage,
+        **settings.tags,
+        **surroundings([socket.gethostname()]),
+    }
+    run = Run.start(
+        uri=settings.uri,
+        default_folder=Path(settings.folder or output.parent / "mlflow"),
+        experiment=settings.experiment,
+        name=settings.run_name or name,
+        under=settings.under,
+        params=flatten(params),
+        tags=tags,
+        description=f"Stage {stage}: the corpus `{output}`",
+    )
+    status, outcome, started_s = "FAILED", "", time.monotonic()
+    try:
+        yield
+        corpus = open_corpus(output)
+        figures = {
+            f"{name}/{key}": float(getattr(split, key))
+            for name, split in corpus.manifest.splits.items()
+            for key in ("documents", "rows", "tokens")
+        }
+        run.log_metrics({**figures, "time/build_s": time.monotonic() - started_s}, step=0)
+        profile = {key: int(value) for key, value in figures.items()}
+        run.log_dataset(name, corpus.fingerprint, str(output.resolve()), profile)
+        rows = corpus.split("train").rows
+        outcome = f"{rows:,} rows to train on; {duration(time.monotonic() - started_s)}"
+        status = "FINISHED"
+    finally:
+        run.finish(status, outcome=outcome)
 
 
 def surroundings(hosts: list[str]) -> dict[str, str]:

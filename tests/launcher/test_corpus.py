@@ -12,6 +12,7 @@ from pathlib import Path
 import numpy as np
 import psutil
 import pytest
+from mlflow import MlflowClient
 
 from launcher.corpus import main
 from sharding.manifest import open_corpus
@@ -194,3 +195,23 @@ def test_an_ended_build_leaves_no_workers_and_goes_on(
     assert done.returncode == 0, done.stderr
     assert open_corpus(tmp_path / "c").split("train").documents == 20_000
     assert not (tmp_path / "c.partial").exists()
+
+
+def test_a_build_is_part_of_a_pipeline_in_mlflow(tiny_tokenizer: Path, tmp_path: Path) -> None:
+    (tmp_path / "text.txt").write_text("\n\n".join(" ".join(WORDS) for _ in range(40)))
+    settings = [f"tokenizer={tiny_tokenizer}", "source.kind=text", "source.path=text.txt", "seq_len=32"]
+    tracking = ["tracking.enabled=true", "tracking.under=[wiki-2026]"]
+    done = run(
+        "build", "output=wiki", "deduplicate=none", "heldout_share=0.1", *settings, *tracking, cwd=tmp_path
+    )
+    assert done.returncode == 0, done.stderr
+    client = MlflowClient(tracking_uri=f"sqlite:///{tmp_path}/mlflow/mlflow.db")
+    experiment = client.get_experiment_by_name("distillation")
+    assert experiment is not None
+    runs = {run.info.run_name: run for run in client.search_runs([experiment.experiment_id])}
+    assert sorted(runs) == ["wiki", "wiki-2026"]
+    build, corpus = runs["wiki"], open_corpus(tmp_path / "wiki")
+    assert build.data.tags["mlflow.parentRunId"] == runs["wiki-2026"].info.run_id
+    assert build.data.tags["corpus.fingerprint"] == corpus.fingerprint
+    assert build.data.metrics["train/rows"] == corpus.split("train").rows
+    assert build.info.status == "FINISHED" and build.data.params["seq_len"] == "32"

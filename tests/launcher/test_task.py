@@ -79,7 +79,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory, tiny_teacher: Path) -> Path
         ("prediction", 2, "torchrun"),
         ("baseline", 1, "python"),
     ):
-        tracked = f"tracking.enabled={str(stage == 'prediction').lower()}"
+        tracked = f"tracking.enabled={str(stage in ('data', 'prediction')).lower()}"
         done = run(config, folder, f"stage={stage}", tracked, ranks=ranks, by=by)
         assert done.returncode == 0, f"{stage}: {done.stdout}{done.stderr}"
         (folder / f"{stage}.log").write_text(done.stdout + done.stderr)
@@ -100,16 +100,26 @@ def test_every_stage_learns_the_task(folder: Path) -> None:
     assert losses[-1] < losses[0]
 
 
-def test_a_stage_is_found_in_mlflow_beside_all_runs_of_the_folder(folder: Path) -> None:
+def test_stages_are_found_in_mlflow_under_their_task_beside_all_runs_of_the_folder(folder: Path) -> None:
     client = MlflowClient(tracking_uri=f"sqlite:///{folder}/mlflow/mlflow.db")
     experiment = client.get_experiment_by_name("distillation")
     assert experiment is not None
     runs = {run.info.run_name: run for run in client.search_runs([experiment.experiment_id])}
-    assert sorted(runs) == ["blank", "copied", "sst2-prediction"]
-    parent, child = runs["sst2-prediction"], runs["copied"]
-    assert (parent.data.tags["stage"], parent.data.tags["task"]) == ("prediction", "sst2")
-    assert child.data.tags["mlflow.parentRunId"] == parent.info.run_id
-    score = client.get_metric_history(child.info.run_id, "heldout/score/accuracy")[-1].value
+    assert sorted(runs) == ["blank", "copied", "sst2", "sst2-data", "sst2-prediction"]
+    parents = {name: run.data.tags.get("mlflow.parentRunId") for name, run in runs.items()}
+    group, stage = runs["sst2"].info.run_id, runs["sst2-prediction"]
+    assert parents == {
+        "sst2": None,
+        "sst2-data": group,
+        "sst2-prediction": group,
+        "copied": stage.info.run_id,
+        "blank": stage.info.run_id,
+    }
+    assert (stage.data.tags["stage"], stage.data.tags["task"]) == ("prediction", "sst2")
+    assert runs["sst2-data"].data.metrics["train/rows"] == 400
+    assert runs["sst2"].data.tags["outcome.sst2-data"].startswith("400 rows to train on")
+    assert {run.info.status for run in runs.values()} == {"FINISHED"}
+    score = client.get_metric_history(runs["copied"].info.run_id, "heldout/score/accuracy")[-1].value
     assert score == pytest.approx(accuracy(folder, "prediction", "copied"))
 
 
