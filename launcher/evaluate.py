@@ -111,11 +111,12 @@ def _opened(config: EvaluatedTaskConfig) -> Task:
 def evaluate(config: EvaluateConfig, tasks: list[Task]) -> Results:
     """Measure, write the report, and track it."""
     tracked = _start_tracking(config, tasks) if config.tracking.enabled else None
-    status = "FAILED"
+    status, outcome = "FAILED", ""
     try:
         found = results(config, tasks)
         folder = write_report(config, found)
-        log.info("%s", verdict(found).replace("**", ""))
+        outcome = verdict(found).replace("**", "")
+        log.info("%s", outcome)
         log.info("report: %s", (folder / "report.html").resolve())
         if tracked is not None:
             tracked.log_metrics(figures(found), step=0)
@@ -124,7 +125,7 @@ def evaluate(config: EvaluateConfig, tasks: list[Task]) -> Results:
         return found
     finally:
         if tracked is not None:
-            tracked.finish(status)
+            tracked.finish(status, outcome=outcome)
 
 
 def write_report(config: EvaluateConfig, found: Results) -> Path:

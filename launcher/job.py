@@ -27,7 +27,7 @@ from launcher.checks import check, check_memory
 from launcher.facts import facts
 from launcher.reporting import Reporter
 from launcher.runfolder import RunFolder
-from launcher.tracked import Tracked
+from launcher.tracked import Tracked, store_in_words
 from launcher.wording import duration, ranks_in_words
 from sharding.corpora import Corpora
 from sharding.files import write_text
@@ -177,6 +177,7 @@ def rehearse(config: RunConfig, place: World, corpora: Corpora) -> None:
         students = ", ".join(student.name for student in config.students)
         log.info("dry run: %s on %s, %s, into %s", steps, ranks_in_words(place), begins, config.output)
         log.info("dry run: students %s from teacher %s", students, config.teacher.model)
+        log.info("dry run: %s", store_in_words(config.tracking))
         log.info("nothing was written. Time and memory: launcher/preflight.py with the same arguments")
 
     world.on_main(place, tell)

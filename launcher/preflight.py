@@ -42,6 +42,7 @@ from launcher import plan
 from launcher.checks import check, teacher_memory
 from launcher.facts import facts
 from launcher.plan import Forecast, Length
+from launcher.tracked import store_in_words
 from launcher.trial import Trial, network, try_out
 from launcher.wording import duration
 from sharding.corpora import Corpora
@@ -99,6 +100,8 @@ def preflight(config: RunConfig, arguments: argparse.Namespace, console: Console
     world.share_cores(here, config.train.threads)
     corpora = meeting.or_tell(here, os.environ, config.timeouts, lambda: check(config, planned))
     console.print("The configuration is sound.")
+    if here.is_main:  # the store that it logs to
+        console.print(f"{store_in_words(config.tracking)}", highlight=False)
     free, found = memory.free_memory(here.device), teacher_memory(config, planned, corpora)
     console.print(placement_table(config, found, planned, free))
     if problems := memory.check_fits(config.teacher, found, planned, free):

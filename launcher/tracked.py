@@ -20,7 +20,8 @@ from launcher.wording import duration, in_words
 from sharding.corpora import Corpora
 from sharding.manifest import open_corpus
 from trainer.system_metrics import NodeSamples
-from trainer.tracking import Run, flatten
+from trainer.tracking import Run, credentials_apart, flatten
+from trainer.tracking_store import check
 
 SLURM = {  # tags, and where Slurm says it
     "slurm.job_id": "SLURM_JOB_ID",
@@ -181,6 +182,21 @@ def corpus_run(
         status = "FINISHED"
     finally:
         run.finish(status, outcome=outcome)
+
+
+def store_in_words(settings: TrackingConfig) -> str:
+    """Ask a tracking server whether it can be used, and say so; a local store is not touched.
+
+    Raises:
+        TrackingError: it refuses.
+    """
+    uri = settings.uri or os.environ.get("MLFLOW_TRACKING_URI")
+    if not settings.enabled or uri is None or uri.startswith("sqlite:"):
+        return "tracking: a local file" if settings.enabled else "tracking: off"
+    silent = check(credentials_apart(uri), settings.experiment, None)
+    if silent is None:
+        return f"tracking: {public(uri)} answers"
+    return f"tracking: {public(uri)} does not answer ({silent}); what is logged would wait on disk"
 
 
 def surroundings(hosts: list[str]) -> dict[str, str]:
