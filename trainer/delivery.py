@@ -31,6 +31,7 @@ logger = logging.getLogger(__name__)
 
 SETTLE_S = 2.0  # after a group is made: who else makes it now is seen by then
 READ_LINES = 200
+MAX_WINDOWS = 50  # of one lane in a row
 MAX_BATCH_POINTS, MAX_BATCH_PARAMS, MAX_PARAM_CHARS = 1000, 100, 6000  # MLflow's limits
 MAX_DIGEST_CHARS = 36
 MAX_TAG_CHARS = 5000
@@ -64,12 +65,19 @@ class Delivery:
         Raises:
             Exception: what keeps the store from taking more; what was delivered is behind the cursor.
         """
-        for lane in (MAIN, FILES):
-            while lines := self._journal.read(lane, READ_LINES):
-                window = takewhile(partial(_passes, lane), lines)
-                lines = list(window) or lines[:1]
-                self._send([entry for entry, _ in lines if lane_of(entry) == lane])
-                self._journal.advance(lane, lines[-1][1])
+        while any([self._deliver_some(lane) for lane in (MAIN, FILES)]):
+            pass
+
+    def _deliver_some(self, lane: str) -> bool:
+        """Deliver of one lane what is there, up to a bound: the other is not to wait for ever."""
+        for windows in range(MAX_WINDOWS):
+            lines = self._journal.read(lane, READ_LINES)
+            if not lines:
+                return windows > 0
+            window = list(takewhile(partial(_passes, lane), lines)) or lines[:1]
+            self._send([entry for entry, _ in window if lane_of(entry) == lane])
+            self._journal.advance(lane, window[-1][1])
+        return True
 
     def _send(self, entries: list[Entry]) -> None:
         points: dict[str, list[Metric]] = {}
