@@ -40,7 +40,8 @@ from transformers import BertConfig, BertModel
 
 from benchmarks.harness import Report, parse_arguments
 from benchmarks.tiny_run import free_port
-from tests.trainer.test_tracking import Server, points
+from tests.trainer.mlflow_server import Server
+from tests.trainer.test_tracking import points
 from trainer.tracking import Run
 
 SLOW_S = 5.0

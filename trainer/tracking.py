@@ -11,6 +11,7 @@ import logging
 import os
 import re
 import shutil
+import tempfile
 import time
 import uuid
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -129,7 +130,7 @@ class Run:
         """
         uri = credentials_apart(resolve_uri(uri, default_folder))
         silent = check(uri, experiment, run_id)
-        kept = Journal(journal or default_folder / UNDELIVERED / uuid.uuid4().hex[:12])
+        kept = Journal(journal) if journal is not None else _journal_alone(default_folder)
         if silent is not None:
             _tell_silent(uri, silent, kept.folder)
         outbox = Outbox(kept, Delivery(kept, uri, opened).deliver, sample)
@@ -269,6 +270,14 @@ class Run:
         if self._passing and not left:
             shutil.rmtree(self._outbox.journal.folder)
         return left
+
+
+def _journal_alone(default_folder: Path) -> Journal:
+    """Return a new journal for a run that has no folder."""
+    try:
+        return Journal(default_folder / UNDELIVERED / uuid.uuid4().hex[:12])
+    except OSError:  # exporting needs to write nothing there
+        return Journal(Path(tempfile.mkdtemp(prefix=UNDELIVERED)))
 
 
 def _tell_silent(uri: str, why: str, folder: Path) -> None:

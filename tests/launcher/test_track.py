@@ -13,7 +13,7 @@ from mlflow.entities import Run
 from launcher import track
 from launcher.tracked import heldout, surroundings
 from tests.launcher.conftest import ROOT, Launch, student
-from tests.trainer.test_tracking import Server
+from tests.trainer.mlflow_server import Server
 from trainer import exits
 from trainer.journal import Journal
 

@@ -11,7 +11,8 @@ from mlflow import MlflowClient
 from mlflow.entities import Run as StoredRun
 
 from tests.launcher.conftest import ROOT
-from tests.trainer.test_tracking import Server, points, start, wait_for
+from tests.trainer.mlflow_server import Server, wait_for
+from tests.trainer.test_tracking import points, start
 from tests.trainer.tracked_worker import LAST
 from trainer import delivery, outbox
 

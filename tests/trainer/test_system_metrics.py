@@ -8,7 +8,8 @@ import pytest
 from mlflow import MlflowClient
 
 from tests.launcher.conftest import ROOT
-from tests.trainer.test_tracking import start, wait_for
+from tests.trainer.mlflow_server import wait_for
+from tests.trainer.test_tracking import start
 from trainer import outbox, system_metrics
 from trainer.system_metrics import NodeSamples
 from trainer.tracking import resolve_uri
