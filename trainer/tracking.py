@@ -208,6 +208,14 @@ class Run:
         """
         self._put("metrics", step=step, values={key: float(value) for key, value in metrics.items()})
 
+    def flush(self, wait_s: float = 10.0) -> bool:
+        """Wait until all that was logged is in the journal; False if the disk did not take it in time.
+
+        For who saves a checkpoint, before it counts: a job that goes on from it logs nothing of the steps
+        before. Not for the thread that trains.
+        """
+        return self._outbox.flush(wait_s)
+
     def log_again(self, step: int) -> None:
         """Take points after ``step`` once more: the run went back there, and goes another way."""
         self._put("again", step=step)

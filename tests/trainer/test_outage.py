@@ -84,7 +84,7 @@ def test_a_job_killed_while_the_server_is_down_and_started_again_is_one_run_with
     server.kill()
     for first, last in ((1, 400), (300, 800)):  # steps from 300 on are trained again
         process = job(server.uri, tmp_path / "killed", first, last)
-        until(process, "written")
+        until(process, str(last))
         process.kill()
         process.wait()
     with job(server.uri, tmp_path / "killed", 700, LAST) as process:
