@@ -62,6 +62,7 @@ class Reporter:
             self.config.checkpoint,
             self.saved,
             patience_s=self.config.timeouts.step_s / 4,  # the other ranks wait in a collective meanwhile
+            before=tracked.run.flush if tracked is not None else lambda: None,
         )
 
     def started(self, resumed: bool) -> None:

@@ -40,6 +40,7 @@ class Outbox:
         self.journal = journal
         self._deliver, self._sample = deliver, sample
         self._queue: deque[Entry] = deque()
+        self._put = self._on_disk = 0  # entries so far
         self._lost = 0
         self._news, self._closing = threading.Event(), threading.Event()
         self._written, self._given_up = threading.Event(), threading.Event()
@@ -53,8 +54,16 @@ class Outbox:
         if len(self._queue) >= MAX_WAITING:
             self._lost += 1
         else:
+            self._put += 1
             self._queue.append(entry)
             self._news.set()
+
+    def flush(self, wait_s: float) -> bool:
+        """Wait until all that was put so far is on disk; False if it was not in time."""
+        put, until_s = self._put, time.monotonic() + wait_s
+        while self._on_disk < put and time.monotonic() < until_s:
+            time.sleep(0.005)
+        return self._on_disk >= put
 
     def close(self, wait_s: float) -> int:
         """Deliver what is there, and return how many entries are left in the journal.
@@ -96,14 +105,15 @@ class Outbox:
         return found[-1]
 
     def _write_all(self) -> None:
-        failures = 0
+        failures = taken = 0
         while True:
             closing = self._closing.is_set()  # before the queue is emptied: nothing comes after
             self._news.clear()
             entries = [self._queue.popleft() for _ in range(len(self._queue))]
+            taken += len(entries)
             try:
                 self.journal.append([*entries, *self._samples()])
-                failures = 0
+                failures, self._on_disk = 0, taken
                 if closing:
                     self._written.set()
                     return

@@ -34,7 +34,12 @@ class Writer:
     """
 
     def __init__(
-        self, folder: Path, keep: CheckpointConfig, tell: Callable[[Saved], object], patience_s: float
+        self,
+        folder: Path,
+        keep: CheckpointConfig,
+        tell: Callable[[Saved], object],
+        patience_s: float,
+        before: Callable[[], object] = lambda: None,
     ) -> None:
         """Nothing is written yet.
 
@@ -43,7 +48,9 @@ class Writer:
             keep: which of them stay, and whether to write in the background.
             tell: called after every one, mostly by the thread that wrote it.
             patience_s: seconds of writing one after which the next no longer waits for it.
+            before: called by the thread before every one.
         """
+        self._before = before
         self._folder, self._keep, self._tell, self._patience_s = folder, keep, tell, patience_s
         self._thread: threading.Thread | None = None
         self._step = 0  # of the newest that it was given
@@ -105,6 +112,7 @@ class Writer:
         path, failure = None, None
         try:
             try:
+                self._before()
                 path = checkpoints.save(self._folder, checkpoint, self._keep)
             except OSError as error:
                 failure = error

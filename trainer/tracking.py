@@ -11,6 +11,7 @@ import logging
 import os
 import re
 import shutil
+import tempfile
 import time
 import uuid
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -129,19 +130,11 @@ class Run:
         """
         uri = credentials_apart(resolve_uri(uri, default_folder))
         silent = check(uri, experiment, run_id)
-        passing = journal is None
-        folder = journal or default_folder / UNDELIVERED / uuid.uuid4().hex[:12]
-        kept = Journal(folder)
+        kept = Journal(journal) if journal is not None else _journal_alone(default_folder)
         if silent is not None:
-            logger.warning(
-                "tracking.uri=%s does not answer: %s. The run starts all the same: what is logged is kept in "
-                "%s and delivered once the server is back",
-                public(uri),
-                silent,
-                folder,
-            )
+            _tell_silent(uri, silent, kept.folder)
         outbox = Outbox(kept, Delivery(kept, uri, opened).deliver, sample)
-        run = cls("", uri, outbox, description, passing)
+        run = cls("", uri, outbox, description, passing=journal is None)
         run._open(
             uri=public(uri),
             experiment=experiment,
@@ -215,6 +208,14 @@ class Run:
         """
         self._put("metrics", step=step, values={key: float(value) for key, value in metrics.items()})
 
+    def flush(self, wait_s: float = 10.0) -> bool:
+        """Wait until all that was logged is in the journal; False if the disk did not take it in time.
+
+        For who saves a checkpoint, before it counts: a job that goes on from it logs nothing of the steps
+        before. Not for the thread that trains.
+        """
+        return self._outbox.flush(wait_s)
+
     def log_again(self, step: int) -> None:
         """Take points after ``step`` once more: the run went back there, and goes another way."""
         self._put("again", step=step)
@@ -277,6 +278,24 @@ class Run:
         if self._passing and not left:
             shutil.rmtree(self._outbox.journal.folder)
         return left
+
+
+def _journal_alone(default_folder: Path) -> Journal:
+    """Return a new journal for a run that has no folder."""
+    try:
+        return Journal(default_folder / UNDELIVERED / uuid.uuid4().hex[:12])
+    except OSError:  # exporting needs to write nothing there
+        return Journal(Path(tempfile.mkdtemp(prefix=UNDELIVERED)))
+
+
+def _tell_silent(uri: str, why: str, folder: Path) -> None:
+    logger.warning(
+        "tracking.uri=%s does not answer: %s. The run starts all the same: what is logged is kept in %s and "
+        "delivered once the server is back",
+        public(uri),
+        why,
+        folder,
+    )
 
 
 def credentials_apart(uri: str) -> str:

@@ -11,7 +11,8 @@ from mlflow import MlflowClient
 from mlflow.entities import Run as StoredRun
 
 from tests.launcher.conftest import ROOT
-from tests.trainer.test_tracking import Server, points, start, wait_for
+from tests.trainer.mlflow_server import Server, wait_for
+from tests.trainer.test_tracking import points, start
 from tests.trainer.tracked_worker import LAST
 from trainer import delivery, outbox
 
@@ -83,7 +84,7 @@ def test_a_job_killed_while_the_server_is_down_and_started_again_is_one_run_with
     server.kill()
     for first, last in ((1, 400), (300, 800)):  # steps from 300 on are trained again
         process = job(server.uri, tmp_path / "killed", first, last)
-        until(process, "written")
+        until(process, str(last))
         process.kill()
         process.wait()
     with job(server.uri, tmp_path / "killed", 700, LAST) as process:

@@ -53,6 +53,7 @@ def test_what_a_dead_store_missed_arrives_in_order_when_it_is_back(
             box.put(point(step))
         assert store.attempted.wait(10)
         time.sleep(0.1)  # further attempts fail, and are not worth a line each
+        assert box.flush(wait_s=10) and len(Journal(tmp_path).left()) == 5000
         store.error = None
         assert box.close(wait_s=10) == 0
     assert store.steps == list(range(5000))
@@ -95,6 +96,7 @@ def test_neither_a_store_nor_a_disk_that_hangs_holds_anybody_up(
     box = Outbox(store.journal, store.deliver)
     for step in range(2000):  # the thread hangs in the first
         box.put(point(step))
+    assert not box.flush(wait_s=0.05)
     with caplog.at_level(logging.WARNING):
         box.close(wait_s=0.2)  # returning at all is the point
     assert "entries: they are lost" in caplog.text

@@ -16,7 +16,8 @@ from mlflow.server.auth.client import AuthServiceClient
 from moto.server import ThreadedMotoServer
 
 from tests.sharding.servers import free_port
-from tests.trainer.test_tracking import Server, points, start, wait_for
+from tests.trainer.mlflow_server import Server, wait_for
+from tests.trainer.test_tracking import points, start
 from trainer import outbox
 from trainer.tracking_store import TrackingError
 

@@ -4,16 +4,10 @@ import base64
 import json
 import logging
 import math
-import os
 import shutil
-import signal
 import socket
-import subprocess
-import sys
 import threading
-import time
-import urllib.request
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator
 from http.server import BaseHTTPRequestHandler, HTTPServer
 from pathlib import Path
 from typing import Any
@@ -22,6 +16,7 @@ import pytest
 from mlflow import MlflowClient
 
 from configs.schema import Precision
+from tests.trainer.mlflow_server import Server
 from trainer import delivery, outbox, tracking_store
 from trainer.journal import Journal
 from trainer.tracking import Run, flatten, resolve_uri
@@ -33,55 +28,6 @@ def _environment(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv("MLFLOW_TRACKING_URI", raising=False)
     monkeypatch.setattr(outbox, "SEND_EVERY_S", 0.2)
     monkeypatch.setattr(delivery, "SETTLE_S", 0.2)
-
-
-class Server:
-    """``mlflow server`` on a free loopback port, in a process group of its own; SQLite if not told else."""
-
-    def __init__(self, folder: Path, options: Sequence[str] = (), **environment: str) -> None:
-        self._folder = folder
-        with socket.socket() as probe:
-            probe.bind(("127.0.0.1", 0))
-            port = str(probe.getsockname()[1])
-        self.uri = f"http://127.0.0.1:{port}"
-        self._process: subprocess.Popen[bytes] | None = None
-        own = ["--backend-store-uri", f"sqlite:///{folder}/server.db"]
-        own += ["--artifacts-destination", str(folder / "artifacts")]
-        command = [sys.executable, "-m", "mlflow", "server", "--host", "127.0.0.1", "--port", port]
-        self._command = [*command, "--workers", "1", *(options or own)]
-        self._environment = {**os.environ, "MLFLOW_SERVER_ENABLE_JOB_EXECUTION": "false", **environment}
-
-    def start(self) -> None:
-        with (self._folder / "server.log").open("ab") as log:
-            self._process = subprocess.Popen(
-                self._command,
-                cwd=self._folder,
-                env=self._environment,
-                stdout=log,
-                stderr=log,
-                start_new_session=True,
-            )
-        wait_for(self._answers, "the server to answer")
-
-    def _answers(self) -> bool:
-        assert self._process is not None and self._process.poll() is None, "the server ended"
-        try:
-            return urllib.request.urlopen(f"{self.uri}/health", timeout=5).status == 200
-        except OSError:
-            return False
-
-    def kill(self) -> None:
-        if self._process is not None:
-            os.killpg(self._process.pid, signal.SIGKILL)
-            self._process.wait()
-            self._process = None
-
-
-def wait_for(holds: Callable[[], bool], what: str) -> None:
-    deadline = time.monotonic() + 120  # against a hang, not a measurement
-    while not holds():
-        assert time.monotonic() < deadline, f"waited in vain for {what}"
-        time.sleep(0.1)
 
 
 @pytest.fixture(scope="module")
@@ -215,6 +161,24 @@ def test_what_is_refused_is_left_out_by_name_and_holds_nothing_up(
     assert [found.path for found in MlflowClient(server.uri).list_artifacts(run.id)] == ["inside.txt"]
 
 
+def test_a_run_that_somebody_deletes_holds_nothing_up(
+    server: Server, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    run = start(server.uri, tmp_path)
+    child = run.child("student", params={}, tags={})
+    client = MlflowClient(server.uri)
+    client.delete_run(child.opened())
+    with caplog.at_level(logging.WARNING):
+        for step in range(20):
+            run.log_metrics({"loss": 1.0}, step)
+            child.log_metrics({"loss": 1.0, "other": 2.0}, step)
+        child.log_text("hello", "a.txt")
+        child.finish()
+        assert run.finish() == 0
+    assert caplog.text.count(f"MLflow run {child.id} is deleted") == 1 and "refuses" not in caplog.text
+    assert len(points(server.uri, run.id, "loss")) == 20
+
+
 def test_files_that_cannot_be_stored_hold_up_files_only(tmp_path: Path) -> None:
     """The folder for artifacts is a file."""
     uri = resolve_uri(None, tmp_path)
@@ -308,6 +272,13 @@ def test_the_default_store_keeps_everything_in_its_folder(
     assert run.url == f"make ui STORE=sqlite:///{folder}/mlflow.db"
     assert list((folder / "artifacts").rglob("a.txt"))
     assert not list(elsewhere.iterdir())
+
+
+def test_a_run_whose_folder_cannot_be_written_is_tracked_all_the_same(tmp_path: Path) -> None:
+    run = start(f"sqlite:///{tmp_path}/mlflow.db", Path("/proc/nowhere"))
+    run.log_metrics({"loss": 1.0}, 1)
+    assert run.finish() == 0
+    assert points(run.uri, run.id, "loss") == [(1, 1.0)]
 
 
 def test_the_configured_uri_wins_over_the_environment(

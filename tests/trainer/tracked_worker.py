@@ -1,7 +1,7 @@
 """A process that tracks: ``python -m tests.trainer.tracked_worker URI FOLDER FIRST LAST [GROUP...]``.
 
-It logs steps FIRST to LAST, a line on its output after each hundredth, and waits to be killed, or ends well
-when LAST is 1000.
+It logs steps FIRST to LAST, says so after each hundredth as soon as that could be a checkpoint, and waits to be
+killed, or ends well when LAST is 1000.
 """
 
 import sys
@@ -30,13 +30,11 @@ def main() -> None:
     for step in range(int(first), int(last) + 1):
         run.log_metrics({"loss": step / 8, "speed": 2.0}, step)
         time.sleep(0.001)
-        if step % 100 == 0:
+        if step % 100 == 0 and run.flush():
             print(step, flush=True)
     if int(last) == LAST:
         run.finish(wait_s=60, outcome=f"all {LAST} steps")
     else:
-        time.sleep(0.5)
-        print("written", flush=True)
         time.sleep(600)
 
 
