@@ -124,11 +124,9 @@ class Trials:
                 runs.setdefault(trial.user_attrs.get("run", -1), []).append(trial)
             halfway = [trial for trial in runs.pop(-1, []) if trial.state is TrialState.RUNNING]
             for number, members in runs.items():
-                running = [trial for trial in members if trial.state is TrialState.RUNNING]
-                if running and (log := self._held_log(number)) is not None:
-                    again = {trial.number: optuna.Trial(self._study, trial._trial_id) for trial in running}
-                    self._reported |= {trial.number: set(trial.intermediate_values) for trial in running}
-                    return Taken({trial.number: self._decoded(trial.params) for trial in members}, again, log)
+                waits = any(trial.state is TrialState.RUNNING for trial in members)
+                if waits and (taken := self._again([trial.number for trial in members], number)) is not None:
+                    return taken
             # Of asking for these a worker was killed; for others there is room.
             asked = [self._ask(trial) for trial in halfway[: self.sweep.packed]]
             room = min(self.sweep.packed - len(asked), self.total - len(found))
@@ -142,6 +140,21 @@ class Trials:
             assert log is not None, "nobody else has heard of it"
             settings = {new.number: self._decoded(new.params) for new in asked}
             return Taken(settings, {new.number: new for new in asked}, log)
+
+    def _again(self, members: list[int], run: int) -> Taken | None:
+        """Take the trials of a run that was started before; None when somebody has it, or just ended it."""
+        log = self._held_log(run)
+        if log is None:
+            return None
+        trials = self._study.get_trials()  # as they are now that the log is ours
+        found = [trials[number] for number in members]
+        running = [trial for trial in found if trial.state is TrialState.RUNNING]
+        if not running:
+            log.close()
+            return None
+        self._reported |= {trial.number: set(trial.intermediate_values) for trial in running}
+        again = {trial.number: optuna.Trial(self._study, trial._trial_id) for trial in running}
+        return Taken({trial.number: self._decoded(trial.params) for trial in found}, again, log)
 
     def report(self, trial: optuna.Trial, series: Mapping[int, float]) -> bool:
         """Tell of an objective by optimizer step, all so far; return whether the trial shall end."""
