@@ -273,7 +273,7 @@ class TrackingConfig:
     tags: dict[str, str] = field(default_factory=dict)
     """Further tags."""
     system_metrics: bool = True
-    """Log CPU, memory, disk, network and GPU use."""
+    """Log CPU, memory, disk, network and GPU use of every node."""
     log_models: bool = True
     """Log the exported students as artifacts."""
 

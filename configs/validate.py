@@ -32,6 +32,9 @@ def check_run(config: RunConfig) -> list[str]:
     problems += _check_teacher(config.teacher) + _check_checkpoint(config)
     if not _NAME.fullmatch(config.name):
         problems.append(f"name={config.name!r} must be letters, digits, '-', '_' and '.'")
+    for index, name in enumerate(config.tracking.under):
+        if not _NAME.fullmatch(name):
+            problems.append(f"tracking.under.{index}={name!r} must be letters, digits, '-', '_' and '.'")
     for name, count in Counter(student.name for student in config.students).items():
         if count > 1:
             problems.append(f"students: the name {name!r} is used {count} times; give each its own")

@@ -2,7 +2,7 @@
 
 import pytest
 
-from launcher.reporting import by_kind, duration
+from launcher.wording import by_kind, duration
 
 
 @pytest.mark.parametrize(
