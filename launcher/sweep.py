@@ -30,7 +30,7 @@ from configs.sweep_schema import SweepConfig
 from configs.task_schema import TaskConfig
 from launcher import provenance, slurm_job
 from launcher.runfolder import RunFolder
-from launcher.sweep_results import TRIALS, judged, table, write_results
+from launcher.sweep_results import ENDED, TRIALS, counts, judged, table, write_results
 from launcher.trial_run import TrialRun, slots
 from launcher.trials import KEPT, Taken, Trials
 from trainer import exits
@@ -42,7 +42,7 @@ log = logging.getLogger("sweep")
 
 POLL_S = 1.0
 SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)
-STATES = ("complete", "pruned", "failed")
+MAX_TOLD = 5  # trials of a Pareto front in the outcome
 
 
 def main() -> int:
@@ -75,10 +75,12 @@ def main() -> int:
 def show(trials: Trials) -> None:
     """Print all trials, and why some failed."""
     results, console = trials.results(), Console(width=None if sys.stdout.isatty() else 160)
-    console.print(table(trials.sweep, results, trials.best(), trials.total))
-    for result in results:
-        if result.state == "failed":
-            console.print(f"trial {result.number} failed: {result.error}", markup=False)
+    console.print(table(trials.sweep, results, trials.best()))
+    lines = [
+        f"trial {result.number} failed: {result.error}" for result in results if result.state == "failed"
+    ]
+    for line in [*lines, f"{trials.sweep.name}: {counts(results, trials.total)}"]:
+        console.print(line, markup=False, highlight=False, soft_wrap=True)
 
 
 class Worker:
@@ -178,7 +180,7 @@ class Worker:
         results = self.trials.results()
         ended = [result for result in results if result.state != "running"]
         figures = {
-            f"trials/{state}": float(sum(result.state == state for result in results)) for state in STATES
+            f"trials/{state}": float(sum(result.state == state for result in results)) for state in ENDED
         }
         best = self.trials.best()
         if len(self.sweep.objectives) == 1 and best:
@@ -190,16 +192,19 @@ class Worker:
         return self.trials.total - sum(result.state != "running" for result in self.trials.results())
 
     def _finish(self) -> int:
-        best, left = write_results(self.sweep, self.base, self.trials), self._left()
+        """Show and log the outcome; return the exit code."""
+        best, results = write_results(self.sweep, self.base, self.trials), self.trials.results()
+        left, failed = self._left(), sum(result.state == "failed" for result in results)
         show(self.trials)
-        failed = sum(result.state == "failed" for result in self.trials.results())
+        for path in best:
+            log.info("to run it once more: %s", path)
         if self.tracked is not None:
             for path in [self.trials.folder / TRIALS, *best]:
                 name = str(path.relative_to(self.trials.folder))
                 self.tracked.log_text(path.read_text(encoding="utf-8"), name)
-            self.tracked.finish("FINISHED" if left == 0 else "SCHEDULED")
-        for path in best:
-            log.info("to run it once more: %s", path)
+            told = [f"trial {number}: {judged(self.sweep, results[number])}" for number in self.trials.best()]
+            outcome = "; ".join([*told[:MAX_TOLD], counts(results, self.trials.total)])
+            self.tracked.finish("FINISHED" if left == 0 else "SCHEDULED", outcome=outcome)
         if self.asked:
             log.info("stopped; started again, the sweep goes on with %d trials", left)
             job = slurm_job.of_this_process()
@@ -250,12 +255,16 @@ def start_tracking(
                 "mlflow.source.name": "launcher/sweep.py",
                 "mlflow.source.git.commit": provenance.revision(),
                 "stage": "sweep",
-                "distil.path": " / ".join([*settings.under, sweep.name]),
+                "distil.path": " / ".join([*settings.under, sweep.name]),  # where its trials look for it
                 **settings.tags,
             },
+            under=settings.under,
             description=f"Sweep of {trials.total} trials over {', '.join(sweep.space)}: {goals}",
         )
-        kept.keep_tracking_run_ids({"": tracked.id})
+        try:
+            kept.keep_tracking_run_ids({"": tracked.opened()})
+        except ValueError as error:  # trials run, and their runs find the sweep's by its path
+            log.warning("%s", error)
     log.info("in MLflow: %s", tracked.url)
     return None if found else resolve_uri(None, beside), tracked
 

@@ -14,6 +14,7 @@ from launcher.trials import Result, Trials
 from sharding.files import write_text
 
 TRIALS, BEST, PARETO = "trials.json", "best.yaml", "pareto"
+ENDED = ("complete", "pruned", "failed")
 
 
 def write_results(sweep: SweepConfig, base: RunConfig | TaskConfig, trials: Trials) -> list[Path]:
@@ -70,12 +71,15 @@ def judged(sweep: SweepConfig, result: Result) -> str:
     return ", ".join(f"{objective.metric} {value:.6g}" for objective, value in pairs) or "no value"
 
 
-def table(sweep: SweepConfig, results: list[Result], best: list[int], total: int) -> Table:
-    """Return the trials for people, best marked, in order of the objective where there is one."""
-    counts = [
-        f"{sum(r.state == state for r in results)} {state}" for state in ("complete", "pruned", "failed")
-    ]
-    drawn = Table(title=f"{sweep.name}: {len(results)} of {total} trials started, {', '.join(counts)}")
+def counts(results: list[Result], total: int) -> str:
+    """Return ``3 of 8 trials started, 2 complete, 0 pruned, 1 failed``."""
+    by_state = [f"{sum(r.state == state for r in results)} {state}" for state in ENDED]
+    return f"{len(results)} of {total} trials started, {', '.join(by_state)}"
+
+
+def table(sweep: SweepConfig, results: list[Result], best: list[int]) -> Table:
+    """Return the trials for people, the best marked, in order of the first objective."""
+    drawn = Table()
     keys = _short(list(sweep.space))
     for column in ("trial", *keys.values(), *(own.metric for own in sweep.objectives), "state", "time"):
         drawn.add_column(column, justify="left" if column == "state" else "right", overflow="fold")
