@@ -104,6 +104,8 @@ def _student(
 
 def student_of(sweep: SweepConfig, base: RunConfig | TaskConfig, number: int) -> str:
     """Return the name of a trial's student in its run."""
+    if sweep.stage == "teacher":
+        return "teacher"  # which learns itself
     return base.students[0].name if sweep.packed == 1 else f"trial-{number:04d}"
 
 
@@ -309,7 +311,9 @@ def _check_axis(sweep: SweepConfig, name: str, axis: AxisConfig) -> list[str]:
 
 def _check_base(sweep: SweepConfig, base: RunConfig | TaskConfig) -> list[str]:
     problems = []
-    if len(base.students) != 1:
+    if sweep.stage == "teacher" and sweep.packed > 1:
+        problems.append(f"packed={sweep.packed} and stage=teacher: a run trains one teacher; set packed=1")
+    if sweep.stage != "teacher" and len(base.students) != 1:
         problems.append(
             f"base={sweep.base} has {len(base.students)} students; a sweep judges one: leave one, and vary it"
         )

@@ -188,8 +188,9 @@ class Worker:
         self.tracked.log_metrics(figures, step=len(ended))
 
     def _left(self) -> int:
-        """Return how many trials have not ended."""
-        return self.trials.total - sum(result.state != "running" for result in self.trials.results())
+        """Return how many trials have not ended, those that have not begun included."""
+        results = self.trials.results()
+        return max(0, self.trials.total - len(results)) + sum(own.state == "running" for own in results)
 
     def _finish(self) -> int:
         """Show and log the outcome; return the exit code."""
