@@ -193,8 +193,8 @@ def test_killed_asked_to_leave_and_pruned(tmp_path: Path, base: dict[str, Any]) 
     """A good trial, then one that does not learn. The sweep is killed in the first, then asked to leave."""
     changes = {
         "train": {**base["train"], "steps": 300},
-        "evaluation": {"every_steps": 20, "rows": 24},
-        "checkpoint": {"every_steps": 10},
+        "evaluation": {"every_steps": 20, "rows": 8},
+        "checkpoint": {"every_steps": 25},
     }
     pruner = {"kind": "median", "startup_trials": 1, "min_steps": 20}
     axis = {RATE: {"values": [5e-3, 1e-9]}}
