@@ -18,7 +18,6 @@ from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-import torch
 import yaml
 from transformers import AutoTokenizer, BertConfig, BertModel
 
@@ -37,7 +36,6 @@ def write_base(folder: Path, steps: int, quick: bool) -> None:
     if not quick:
         teacher = folder / "teacher"
         tokenizer = AutoTokenizer.from_pretrained(folder / "tokenizer")
-        torch.manual_seed(0)
         BertModel(BertConfig(vocab_size=len(tokenizer), max_position_embeddings=64)).save_pretrained(teacher)
         config["students"] = [{"name": "student", **SHAPE}]
     config["train"] |= {"global_batch_rows": 32, "micro_batch_rows": 32, "threads": None}
@@ -47,9 +45,9 @@ def write_base(folder: Path, steps: int, quick: bool) -> None:
     (folder / "base.yaml").write_text(yaml.safe_dump(config), encoding="utf-8")
 
 
-def swept(folder: Path, packed: int) -> tuple[float, list[dict[str, Any]]]:
-    """Run a sweep with so many trials in a run; return its seconds and its trials."""
-    rates = [1e-4 * 2**power for power in range(TRIALS)]
+def swept(folder: Path, trials: int, packed: int) -> tuple[float, list[dict[str, Any]]]:
+    """Run a sweep of so many trials, ``packed`` in a run; return its seconds and its trials."""
+    rates = [1e-4 * 2**power for power in range(trials)]
     output = folder / f"packed-{packed}"
     sweep = {
         "name": f"packed-{packed}",
@@ -80,20 +78,21 @@ def main() -> None:
     parser = benchmark_parser(__doc__)
     parser.add_argument("--steps", type=int, default=30, help="optimizer steps of a trial")
     arguments = parser.parse_args()
-    report = Report(f"{TRIALS} trials: packed, and apart")
+    trials, steps = (2, 2) if arguments.quick else (TRIALS, arguments.steps)
+    report = Report(f"{trials} trials: packed, and apart")
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
-        write_base(folder, 4 if arguments.quick else arguments.steps, arguments.quick)
+        write_base(folder, steps, arguments.quick)
         found = {}
-        for packed in (TRIALS, 1):
-            seconds, trials = swept(folder, packed)
-            found[packed] = seconds, [(trial["settings"], trial["values"]) for trial in trials]
-            report.add(**{"trials in a run": packed, "runs": TRIALS // packed, "seconds": seconds})
-    (together_s, packed_values), (apart_s, values) = found[TRIALS], found[1]
+        for packed in (trials, 1):
+            seconds, told = swept(folder, trials, packed)
+            found[packed] = seconds, [(trial["settings"], trial["values"]) for trial in told]
+            report.add(**{"trials in a run": packed, "runs": trials // packed, "seconds": seconds})
+    (together_s, packed_values), (apart_s, values) = found[trials], found[1]
     equal = "equal" if packed_values == values else "DIFFERENT"
     report.finish(
-        f"{TRIALS} trials packed on one teacher pass take {together_s / apart_s:.0%} of the time of "
-        f"{TRIALS} runs ({apart_s / together_s:.1f} times faster), with {equal} held-out losses",
+        f"{trials} trials packed on one teacher pass take {together_s / apart_s:.0%} of the time of "
+        f"{trials} runs ({apart_s / together_s:.1f} times faster), with {equal} held-out losses",
         arguments.json,
     )
 
