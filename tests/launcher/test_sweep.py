@@ -17,9 +17,16 @@ from transformers import AutoModel
 
 from launcher.trial_run import Slot, TrialRun, slots
 from tests.launcher.conftest import ROOT, student
+from trainer import exits
 
 RATE = "students.0.optimizer.lr"
 LIMIT_S = 240
+
+
+def events(folder: Path) -> list[dict[str, Any]]:
+    """What has happened to a run."""
+    path = folder / "events.jsonl"
+    return [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
 
 
 class Sweep:
@@ -58,9 +65,8 @@ class Sweep:
         return json.loads((self.output / "trials.json").read_text())["trials"]
 
     def events(self, trial: int, kind: str) -> list[dict[str, Any]]:
-        path = self.output / f"trials/{trial:04d}/events.jsonl"
-        lines = path.read_text().splitlines() if path.exists() else []
-        return [event for event in map(json.loads, lines) if event["event"] == kind]
+        found = events(self.output / f"trials/{trial:04d}")
+        return [event for event in found if event["event"] == kind]
 
     def wait_for(self, process: subprocess.Popen[str], trial: int, kind: str, count: int = 1) -> None:
         until_s = time.monotonic() + LIMIT_S
@@ -226,6 +232,29 @@ def test_killed_asked_to_leave_and_pruned(tmp_path: Path, base: dict[str, Any]) 
     assert measured < 300 and bad["values"] == [bad["reported"][str(measured)]]
     assert bad["values"][0] > good["reported"][str(measured)]
     assert len(sweep.events(1, "started")) == 1 and "trial 1 is pruned" in said
+
+
+@pytest.mark.network_of_ranks
+def test_a_run_over_several_devices_saves_when_asked(tmp_path: Path, base: dict[str, Any]) -> None:
+    """Two ranks under torchrun, on CPU, which hides the exit code of its ranks."""
+    config = {**base, "train": {**base["train"], "steps": 100_000, "micro_batch_rows": 4}}
+    config |= {"output": str(tmp_path / "run"), "checkpoint": {"every_steps": None}}
+    (tmp_path / "base.yaml").write_text(yaml.safe_dump(config))
+    arguments = ["--config", str(tmp_path / "base.yaml")]
+    slot = Slot(tuple(os.sched_getaffinity(0)), ("0", "1"))
+    until_s = time.monotonic() + LIMIT_S
+    with pytest.MonkeyPatch.context() as patch, (tmp_path / "log").open("wb") as log:
+        patch.setenv("DS_ACCELERATOR", "cpu")
+        run = TrialRun(tmp_path / "run", "launcher/general.py", arguments, slot, log)
+        while (code := run.ended()) is None and time.monotonic() < until_s:
+            if any(event["event"] == "training" for event in events(run.folder)):
+                run.ask(signal.SIGTERM)
+            time.sleep(0.1)
+    assert code == exits.STOPPED, run.tail()
+    (started,) = [event for event in events(run.folder) if event["event"] == "started"]
+    (stopped,) = [event for event in events(run.folder) if event["event"] == "stopped"]
+    assert started["ranks"] == 2 and stopped["step"] > 0
+    assert (run.folder / f"checkpoints/step-{stopped['step']:08d}").is_dir() and not run.finished()
 
 
 @pytest.mark.parametrize(
