@@ -48,11 +48,11 @@ class Progress:
 
     step: int = 0  # optimizer steps completed
     rows: int = 0  # rows of the corpora consumed by completed steps, over all ranks and epochs
-    tokens: int = 0  # valid tokens of these rows
     quarantined: list[tuple[int, int]] = field(default_factory=list)  # (corpus, block) found damaged, masked
     retired: dict[str, str] = field(default_factory=dict)  # students that failed, by name: when and why
     rollbacks: dict[str, int] = field(default_factory=dict)  # by student: how often the run went back for it
     lr_scale: dict[str, float] = field(default_factory=dict)  # by student, where rollbacks lowered it
+    tokens: int = 0  # valid tokens of the rows consumed
 
 
 @dataclass(frozen=True)

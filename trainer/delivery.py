@@ -25,7 +25,7 @@ from mlflow.exceptions import MlflowException
 
 from configs.public import public
 from trainer.journal import FILES, MAIN, Entry, Journal, Position, lane_of
-from trainer.tracking_store import page
+from trainer.tracking_store import TRAINING_KIND, page
 
 logger = logging.getLogger(__name__)
 
@@ -37,7 +37,6 @@ MAX_TAG_CHARS = 5000
 
 KEY_TAG, PATH_TAG, MADE_BY_TAG = "distil.key", "distil.path", "distil.made_by"
 PARENT_TAG, NOTE_TAG = "mlflow.parentRunId", "mlflow.note.content"
-TRAINING_KIND = {"mlflow.experimentKind": "custom_model_development"}  # not GenAI
 
 
 class Delivery:

@@ -27,11 +27,13 @@ from trainer.tracking_store import artifact_folder, check, page, unusable
 
 logger = logging.getLogger(__name__)
 
-HTTP_DEFAULTS = {
+MLFLOW_DEFAULTS = {
     # One call, without these, retries a dead server for four minutes. The outbox does its own retrying.
     "MLFLOW_HTTP_REQUEST_MAX_RETRIES": "0",
     "MLFLOW_HTTP_REQUEST_TIMEOUT": "30",
+    "MLFLOW_SUPPRESS_PRINTING_URL_TO_STDOUT": "true",  # which it would for every run that ends
 }
+UNDELIVERED = "undelivered"  # folder of the journals of runs that have no folder
 MAX_KEY_CHARS = 250  # MLflow's limit
 
 
@@ -128,7 +130,7 @@ class Run:
         uri = credentials_apart(resolve_uri(uri, default_folder))
         silent = check(uri, experiment, run_id)
         passing = journal is None
-        folder = journal or default_folder / "undelivered" / uuid.uuid4().hex[:12]
+        folder = journal or default_folder / UNDELIVERED / uuid.uuid4().hex[:12]
         kept = Journal(folder)
         if silent is not None:
             logger.warning(
@@ -280,9 +282,9 @@ class Run:
 def credentials_apart(uri: str) -> str:
     """Return a server's URI without user and password: MLflow prints it, and knows them from the environment.
 
-    Settings of MLflow's HTTP client that were not made are made here too.
+    Settings of MLflow's client that were not made are made here too.
     """
-    for variable, value in HTTP_DEFAULTS.items():
+    for variable, value in MLFLOW_DEFAULTS.items():
         os.environ.setdefault(variable, value)
     parts = urlsplit(uri)
     if parts.scheme not in ("http", "https") or "@" not in parts.netloc:

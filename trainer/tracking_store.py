@@ -10,12 +10,15 @@ from urllib.parse import urlsplit
 from mlflow import MlflowClient
 from mlflow.entities import LifecycleStage
 from mlflow.exceptions import InvalidUrlException, MlflowException
+from mlflow.store.db.db_types import DATABASE_ENGINES
 from mlflow.utils.credentials import get_default_host_creds
 from mlflow.utils.rest_utils import http_request, verify_rest_response
 
 from configs.public import public
 
 REACH_S = 5.0  # how long a store may take to answer at the start
+KIND_TAG = "mlflow.experimentKind"
+TRAINING_KIND = {KIND_TAG: "custom_model_development"}  # not GenAI
 
 
 class TrackingError(ValueError):
@@ -25,8 +28,8 @@ class TrackingError(ValueError):
 def unusable(uri: str, happened: object) -> TrackingError:
     """Return the error that says so."""
     return TrackingError(
-        f"tracking.uri={public(uri)} cannot be used: {public(str(happened))}. Correct the URI, its user and "
-        "password, or tracking.experiment; or track into a local file "
+        f"tracking.uri={public(uri)} cannot be used: {public(str(happened))}. Correct the URI, "
+        "credentials or tracking.experiment; or track into a local file "
         "(tracking.uri=sqlite:////path/to/mlflow.db), or not at all (tracking.enabled=false)"
     )
 
@@ -40,10 +43,7 @@ def check(uri: str, experiment: str, run_id: str | None) -> str | None:
     """
     try:
         if urlsplit(uri).scheme in ("http", "https"):
-            found = _ask(uri, "experiments/get-by-name", experiment_name=experiment).get("experiment", {})
-            stage = found.get("lifecycle_stage")
-            if run_id is not None:
-                stage = _ask(uri, "runs/get", run_id=run_id)["run"]["info"]["lifecycle_stage"]
+            stage = _ask_server(uri, experiment, run_id)
         else:
             _reach(uri)
             client = MlflowClient(uri)
@@ -82,28 +82,39 @@ def _may_heal(error: Exception) -> bool:
     return isinstance(error, ConnectionError | TimeoutError | socket.gaierror)
 
 
-def _ask(uri: str, what: str, **question: str) -> dict[str, Any]:
-    """The answer of a server to one question; empty if it does not know the thing asked for.
+def _ask_server(uri: str, experiment: str, run_id: str | None) -> str | None:
+    """Return the life-cycle stage of a run, else of the experiment; None if the server does not have it yet.
 
-    An ``MlflowClient`` cannot be told to give up early.
+    An experiment that is there is sent a tag that it has: who may only read is refused now.
     """
+    if run_id is not None:
+        return str(_ask(uri, "GET", "runs/get", run_id=run_id)["run"]["info"]["lifecycle_stage"])
+    try:
+        found = _ask(uri, "GET", "experiments/get-by-name", experiment_name=experiment)["experiment"]
+    except MlflowException as error:
+        if error.error_code == "RESOURCE_DOES_NOT_EXIST":
+            return None
+        raise
+    if found["lifecycle_stage"] == LifecycleStage.ACTIVE:
+        tags = TRAINING_KIND | {tag["key"]: tag["value"] for tag in found.get("tags", [])}
+        about = {"experiment_id": found["experiment_id"], "key": KIND_TAG, "value": tags[KIND_TAG]}
+        _ask(uri, "POST", "experiments/set-experiment-tag", **about)
+    return str(found["lifecycle_stage"])
+
+
+def _ask(uri: str, method: str, what: str, **question: str) -> dict[str, Any]:
+    """The answer of a server to one question; an ``MlflowClient`` cannot be told to give up early."""
     endpoint = f"/api/2.0/mlflow/{what}"
-    credentials = get_default_host_creds(uri)
     response = http_request(
-        credentials,
+        get_default_host_creds(uri),
         endpoint,
-        "GET",
+        method,
         max_retries=0,
         timeout=REACH_S,
         raise_on_status=False,
-        params=question,
+        **{"params" if method == "GET" else "json": question},
     )
-    try:
-        return dict(verify_rest_response(response, endpoint).json())
-    except MlflowException as error:
-        if error.error_code == "RESOURCE_DOES_NOT_EXIST" and "run_id" not in question:
-            return {}
-        raise
+    return dict(verify_rest_response(response, endpoint).json())
 
 
 def _reach(uri: str) -> None:
@@ -117,7 +128,7 @@ def _reach(uri: str) -> None:
         file.parent.mkdir(parents=True, exist_ok=True)
         with closing(sqlite3.connect(file, timeout=REACH_S)) as connection:
             connection.execute("BEGIN IMMEDIATE")  # fails now if this is no database or cannot be written
-    elif parts.hostname and parts.port:
+    elif parts.scheme.partition("+")[0] in DATABASE_ENGINES and parts.hostname and parts.port:
         socket.create_connection((parts.hostname, parts.port), timeout=REACH_S).close()
 
 

@@ -158,14 +158,15 @@ def test_an_elastic_run_learns_the_same_on_any_number_of_ranks(
         assert found["losses"] == pytest.approx(expected["losses"], rel=2e-4)
 
 
-def test_a_tracking_store_that_is_gone_ends_a_new_run_for_good_and_a_resumed_one_for_now(
+def test_a_tracking_store_that_refuses_ends_a_new_run_for_good_and_a_resumed_one_for_now(
     run_config: dict[str, Any], general: Launch, tmp_path: Path
 ) -> None:
-    run_config["tracking"] = {"enabled": True, "uri": "http://127.0.0.1:9", "system_metrics": False}
+    run_config["tracking"] = {"enabled": True, "uri": "ftp://127.0.0.1:9", "system_metrics": False}
     done = general(run_config)
-    assert done.returncode == exits.WRONG and "tracking.uri=http://127.0.0.1:9 cannot be used" in done.stderr
+    assert done.returncode == exits.WRONG and "tracking.uri=ftp://127.0.0.1:9 cannot be used" in done.stderr
+    assert not Path(run_config["output"]).exists(), "it leaves no trace"
     uri = f"tracking.uri=sqlite:///{tmp_path}/mlflow.db"
     assert general(run_config, uri, "train.max_hours=1e-6").returncode == exits.STOPPED
     done = general(run_config, ranks=2, by="deepspeed")
     assert done.returncode == exits.LOST, done.stderr
-    assert done.stderr.count("the run's MLflow runs cannot be continued: tracking.uri=http") == 1
+    assert done.stderr.count("the run's MLflow runs cannot be continued: tracking.uri=ftp") == 1
