@@ -92,7 +92,7 @@ def test_the_pipeline_and_a_sweep_on_a_real_slurm(
     tiny_teacher: Path,
     tmp_path: Path,
 ) -> None:
-    """Corpus (three jobs, two of them arrays), general distillation, two tasks by stages; two runs beside."""
+    """Corpus (three jobs, two of them arrays), general distillation, two tasks by stages, a sweep."""
     corpus, run = tmp_path / "corpus", tmp_path / "run"
     run_config |= {"data": {"corpus": str(corpus)}, "evaluation": {"every_steps": None}}
     run_config["train"]["steps"] = 2
@@ -115,11 +115,13 @@ def test_the_pipeline_and_a_sweep_on_a_real_slurm(
     sweep = {
         "name": "rates",
         "output": str(tmp_path / "sweep"),
-        "base": config,
-        "overrides": ["train.steps=1", "evaluation.every_steps=1"],
-        "space": {"students.0.optimizer.lr": {"values": [1e-3, 1e-9]}},
+        "base": str(tmp_path / "task.yaml"),
+        "launcher": "task",
+        "stage": "baseline",
+        "overrides": [f"output={tmp_path}/mine"],
+        "space": {"fine_tuning.optimizer.lr": {"values": [2e-3, 1e-9]}},
         "sampler": "grid",
-        "objectives": [{"metric": "heldout/total"}],
+        "objectives": [{"metric": "heldout/score/accuracy"}],
     }
     (tmp_path / "sweep.yaml").write_text(yaml.safe_dump(sweep))
     workers = ("launcher/slurm/sweep.sbatch", "--config", str(tmp_path / "sweep.yaml"))
@@ -132,12 +134,12 @@ def test_the_pipeline_and_a_sweep_on_a_real_slurm(
         depends = [slurm.about(job)["Dependency"].partition("(")[0] for job in (pack, join, general, data)]
         assert depends == [f"afterok:{job}" for job in (f"{prepare}_*", f"{pack}_*", f"{join}_*", general)]
         slurm.wait_for_all(general, {"COMPLETED"})
+        slurm.wait_for_all(task, {"COMPLETED"})
         job = slurm.sbatch("--array=1-2", *one_gpu, *workers)
-        for array in (task, job):
-            slurm.wait_for_all(array, {"COMPLETED"})
+        slurm.wait_for_all(job, {"COMPLETED"})
     assert files_of(corpus) == plain
-    for name in ("sst2/baseline", "mine/baseline", "sweep/trials/0000", "sweep/trials/0001"):
-        assert (tmp_path / name / "export" / "small" / "config.json").exists()
+    for folder in ("sst2", "mine", "sweep/trials/0000", "sweep/trials/0001"):
+        assert (tmp_path / folder / "baseline/export/small/config.json").exists()
     exported = json.loads((tmp_path / "mine/baseline/export/small/config.json").read_text())
     assert exported["architectures"] == ["BertForSequenceClassification"]
     trials = json.loads((tmp_path / "sweep/trials.json").read_text())["trials"]
