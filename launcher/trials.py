@@ -9,6 +9,7 @@ run outlives its worker is left alone.
 
 import contextlib
 import fcntl
+import os
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -20,7 +21,7 @@ import yaml
 from optuna.pruners import BasePruner, MedianPruner, NopPruner, SuccessiveHalvingPruner
 from optuna.samplers import BaseSampler, GridSampler, RandomSampler, TPESampler
 from optuna.storages import BaseStorage, JournalStorage
-from optuna.storages.journal import JournalFileBackend
+from optuna.storages.journal import JournalFileBackend, JournalFileSymlinkLock
 from optuna.trial import FrozenTrial, TrialState
 
 from configs.load import ConfigError, to_dict
@@ -209,7 +210,9 @@ class Trials:
     def _storage(self) -> BaseStorage | str:
         if self.sweep.storage is not None:
             return self.sweep.storage
-        return JournalStorage(JournalFileBackend(str(self.folder / "journal.jsonl")))
+        path = self.folder / "journal.jsonl"
+        _mend(path)
+        return JournalStorage(JournalFileBackend(str(path)))
 
     def _check_same(self, base: RunConfig | TaskConfig) -> bool:
         """Return whether this sweep has been started before; raise if it was another one."""
@@ -279,6 +282,21 @@ class Trials:
                     "Name a folder on a file system with file locks (Lustre: mounted with -o flock)"
                 ) from error
             yield
+
+
+def _mend(journal: Path) -> None:
+    """Cut off a last line that a full disk or a crash of the machine left unfinished.
+
+    Optuna would write on behind it, and could never read the file again.
+    """
+    lock = JournalFileSymlinkLock(str(journal))  # that of Optuna itself
+    lock.acquire()
+    try:
+        written = journal.read_bytes() if journal.exists() else b""
+        if written and not written.endswith(b"\n"):
+            os.truncate(journal, written.rfind(b"\n") + 1)
+    finally:
+        lock.release()
 
 
 def _identity(sweep: SweepConfig, base: RunConfig | TaskConfig) -> dict[str, Any]:

@@ -204,6 +204,19 @@ def test_another_sweep_is_refused_and_a_longer_one_is_not(tmp_path: Path) -> Non
         opened(path)
 
 
+def test_a_line_that_a_full_disk_cut_short(tmp_path: Path) -> None:
+    path = write(tmp_path, trials=2)
+    trials = opened(path)
+    taken = trials.take()
+    assert taken is not None
+    trials.complete(0, [0.5])
+    taken.log.close()
+    with (tmp_path / "sweep/journal.jsonl").open("ab") as journal:
+        journal.write(b'{"op_code":4,"work')
+    drained(opened(path))
+    assert [result.values for result in opened(path).results()] == [[0.5], [1.0]]
+
+
 def test_a_database_instead_of_the_file(tmp_path: Path) -> None:
     url = f"sqlite:///{tmp_path}/trials.db"
     path = write(tmp_path / "one", storage=url)
