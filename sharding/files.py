@@ -104,10 +104,11 @@ def try_lock(path: Path) -> int | None:
         return None
     except OSError as error:
         log.warning("%s cannot be locked (%s): make sure that only one process works there", path, error)
-    os.truncate(descriptor, 0)
     job = os.environ.get("SLURM_JOB_ID")
     named = f"{socket.gethostname()}, pid {os.getpid()}" + (f", Slurm job {job}" if job else "")
-    os.pwrite(descriptor, named.encode(), 0)
+    with contextlib.suppress(OSError):  # a full disk costs the name
+        os.truncate(descriptor, 0)
+        os.pwrite(descriptor, named.encode(), 0)
     return descriptor
 
 

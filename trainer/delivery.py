@@ -19,7 +19,7 @@ from itertools import takewhile
 from typing import Any
 
 from mlflow import MlflowClient
-from mlflow.entities import Dataset, DatasetInput, InputTag, Metric, Param, RunTag
+from mlflow.entities import Dataset, DatasetInput, InputTag, LifecycleStage, Metric, Param, RunTag
 from mlflow.entities import Run as StoredRun
 from mlflow.exceptions import MlflowException
 
@@ -31,6 +31,7 @@ logger = logging.getLogger(__name__)
 
 SETTLE_S = 2.0  # after a group is made: who else makes it now is seen by then
 READ_LINES = 200
+MAX_WINDOWS = 50  # of one lane in a row
 MAX_BATCH_POINTS, MAX_BATCH_PARAMS, MAX_PARAM_CHARS = 1000, 100, 6000  # MLflow's limits
 MAX_DIGEST_CHARS = 36
 MAX_TAG_CHARS = 5000
@@ -57,6 +58,7 @@ class Delivery:
         """
         self._journal, self._uri, self._opened = journal, uri, opened
         self._client: MlflowClient | None = None
+        self._gone: set[str] = set()  # MLflow runs that somebody has deleted
 
     def deliver(self) -> None:
         """Deliver all that the journal holds, what is refused for good left out with a warning.
@@ -64,12 +66,19 @@ class Delivery:
         Raises:
             Exception: what keeps the store from taking more; what was delivered is behind the cursor.
         """
-        for lane in (MAIN, FILES):
-            while lines := self._journal.read(lane, READ_LINES):
-                window = takewhile(partial(_passes, lane), lines)
-                lines = list(window) or lines[:1]
-                self._send([entry for entry, _ in lines if lane_of(entry) == lane])
-                self._journal.advance(lane, lines[-1][1])
+        while any([self._deliver_some(lane) for lane in (MAIN, FILES)]):
+            pass
+
+    def _deliver_some(self, lane: str) -> bool:
+        """Deliver of one lane what is there, up to a bound: the other is not to wait for ever."""
+        for windows in range(MAX_WINDOWS):
+            lines = self._journal.read(lane, READ_LINES)
+            if not lines:
+                return windows > 0
+            window = list(takewhile(partial(_passes, lane), lines)) or lines[:1]
+            self._send([entry for entry, _ in window if lane_of(entry) == lane])
+            self._journal.advance(lane, window[-1][1])
+        return True
 
     def _send(self, entries: list[Entry]) -> None:
         points: dict[str, list[Metric]] = {}
@@ -96,6 +105,8 @@ class Delivery:
         except MlflowException as error:
             if not _is_refusal(error):
                 raise
+            if self._is_gone(run_id):
+                return
             if len(batch) > 1:
                 half = len(batch) // 2
                 self._send_batch(run_id, batch[:half])
@@ -107,12 +118,14 @@ class Delivery:
         if entry["kind"] == "open":
             self._open(entry)  # never left out: all that follows needs it
             return
+        run_id = self._runs[entry["run"]]["id"]
         try:
-            self._send_other(entry, self._runs[entry["run"]]["id"])
+            self._send_other(entry, run_id)
         except Exception as error:
             if not _is_refusal(error):
                 raise
-            _tell_refused(f"{entry['kind']} {entry.get('path') or entry.get('key') or ''}", error)
+            if not self._is_gone(run_id):
+                _tell_refused(f"{entry['kind']} {entry.get('path') or entry.get('key') or ''}", error)
 
     def _send_other(self, entry: Entry, run_id: str) -> None:
         client = self._store(None)
@@ -164,6 +177,8 @@ class Delivery:
             run_id = made.info.run_id
         runs[entry["run"]] = {**about, "id": run_id, "floor": floor}
         self._journal.save()
+        if self._is_gone(run_id):
+            return
         for each in (run_id, *groups):
             client.update_run(each, status="RUNNING")
         described = _description(client.get_run(run_id), entry["params"], tags)
@@ -172,6 +187,19 @@ class Delivery:
         self._opened({name: own["id"] for name, own in runs.items()})
         if entry["parent"] is None:
             logger.info("in MLflow: %s", page(state["uri"], experiment_id, run_id))
+
+    def _is_gone(self, run_id: str) -> bool:
+        """Whether somebody has deleted a run: what is logged to it is left out, and said once."""
+        try:
+            gone = self._store(None).get_run(run_id).info.lifecycle_stage == LifecycleStage.DELETED
+        except MlflowException as error:
+            if not _is_refusal(error):
+                raise
+            gone = True
+        if gone and run_id not in self._gone:
+            self._gone.add(run_id)
+            logger.warning("MLflow run %s is deleted: what is logged to it is left out", run_id)
+        return gone
 
     def _close(self, entry: Entry) -> None:
         """Take away what came twice after all, and tell the run's groups how it ended."""

@@ -129,19 +129,11 @@ class Run:
         """
         uri = credentials_apart(resolve_uri(uri, default_folder))
         silent = check(uri, experiment, run_id)
-        passing = journal is None
-        folder = journal or default_folder / UNDELIVERED / uuid.uuid4().hex[:12]
-        kept = Journal(folder)
+        kept = Journal(journal or default_folder / UNDELIVERED / uuid.uuid4().hex[:12])
         if silent is not None:
-            logger.warning(
-                "tracking.uri=%s does not answer: %s. The run starts all the same: what is logged is kept in "
-                "%s and delivered once the server is back",
-                public(uri),
-                silent,
-                folder,
-            )
+            _tell_silent(uri, silent, kept.folder)
         outbox = Outbox(kept, Delivery(kept, uri, opened).deliver, sample)
-        run = cls("", uri, outbox, description, passing)
+        run = cls("", uri, outbox, description, passing=journal is None)
         run._open(
             uri=public(uri),
             experiment=experiment,
@@ -277,6 +269,16 @@ class Run:
         if self._passing and not left:
             shutil.rmtree(self._outbox.journal.folder)
         return left
+
+
+def _tell_silent(uri: str, why: str, folder: Path) -> None:
+    logger.warning(
+        "tracking.uri=%s does not answer: %s. The run starts all the same: what is logged is kept in %s and "
+        "delivered once the server is back",
+        public(uri),
+        why,
+        folder,
+    )
 
 
 def credentials_apart(uri: str) -> str:

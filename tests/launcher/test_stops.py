@@ -133,6 +133,13 @@ def test_a_run_rolled_back_ends_well_and_harms_no_other_student(
     assert (
         runs["wild"].metrics["optimizer/rollbacks"] == 1 and runs["small"].metrics["optimizer/rollbacks"] == 0
     )
+    ids = {run.info.run_name: run.info.run_id for run in client.search_runs([experiment.experiment_id])}
+    steps = {
+        name: sorted(point.step for point in client.get_metric_history(ids[name], "loss/total"))
+        for name in ("wild", "small")
+    }
+    assert steps["wild"] == [1, 1, 2, 3, 4, 5, 6], "it goes another way from step 0 on"
+    assert steps["small"] == [1, 2, 3, 4, 5, 6]
 
 
 def test_an_elastic_run_learns_the_same_on_any_number_of_ranks(

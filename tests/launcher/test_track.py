@@ -11,7 +11,7 @@ from mlflow import MlflowClient
 from mlflow.entities import Run
 
 from launcher import track
-from launcher.tracked import heldout
+from launcher.tracked import heldout, surroundings
 from tests.launcher.conftest import ROOT, Launch, student
 from tests.trainer.test_tracking import Server
 from trainer import exits
@@ -155,3 +155,18 @@ def test_outcomes_come_from_what_was_evaluated(tmp_path: Path) -> None:
     ]
     file.write_text("\n".join(lines) + "\n" + '{"step": 12, "stu')  # cut off by a crash
     assert heldout(file) == {"a": "held-out loss 2.5 to 0.5, accuracy 0.7500"}
+
+
+def test_where_a_run_is_becomes_tags(monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in ("SLURM_JOB_ID", "SLURM_ARRAY_JOB_ID", "SLURM_JOB_NODELIST", "SLURM_RESTART_COUNT"):
+        monkeypatch.delenv(name, raising=False)
+    alone = surroundings(["n1", "n1"])
+    assert alone["hosts"] == "n1" and not [tag for tag in alone if tag.startswith("slurm.")]
+    assert alone["version.torch"].startswith("2.")
+    monkeypatch.setenv("SLURM_JOB_ID", "123")
+    monkeypatch.setenv("SLURM_JOB_NODELIST", "n[1-2]")
+    monkeypatch.setenv("SLURM_RESTART_COUNT", "2")
+    found = surroundings(["n2", "n1", "n2"])
+    assert found["hosts"] == "n1, n2"
+    slurm = {"slurm.job_id": "123", "slurm.nodes": "n[1-2]", "slurm.restarts": "2"}
+    assert {tag: value for tag, value in found.items() if tag.startswith("slurm.")} == slurm

@@ -14,7 +14,8 @@ from transformers import AutoTokenizer, BertConfig, BertForSequenceClassificatio
 
 from tests.trainer.test_tracking import Server, start
 from trainer.registry import load_registered, register
-from trainer.tracking import Run, TrackingError
+from trainer.tracking import Run
+from trainer.tracking_store import TrackingError
 
 TEXTS = ["ba de fi", "go kula lala mimi, no pe"]
 

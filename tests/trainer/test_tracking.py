@@ -215,6 +215,24 @@ def test_what_is_refused_is_left_out_by_name_and_holds_nothing_up(
     assert [found.path for found in MlflowClient(server.uri).list_artifacts(run.id)] == ["inside.txt"]
 
 
+def test_a_run_that_somebody_deletes_holds_nothing_up(
+    server: Server, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    run = start(server.uri, tmp_path)
+    child = run.child("student", params={}, tags={})
+    client = MlflowClient(server.uri)
+    client.delete_run(child.opened())
+    with caplog.at_level(logging.WARNING):
+        for step in range(20):
+            run.log_metrics({"loss": 1.0}, step)
+            child.log_metrics({"loss": 1.0, "other": 2.0}, step)
+        child.log_text("hello", "a.txt")
+        child.finish()
+        assert run.finish() == 0
+    assert caplog.text.count(f"MLflow run {child.id} is deleted") == 1 and "refuses" not in caplog.text
+    assert len(points(server.uri, run.id, "loss")) == 20
+
+
 def test_files_that_cannot_be_stored_hold_up_files_only(tmp_path: Path) -> None:
     """The folder for artifacts is a file."""
     uri = resolve_uri(None, tmp_path)
