@@ -22,17 +22,17 @@ from typing import TYPE_CHECKING
 
 from rich.console import Console
 
-from configs.load import to_dict
+from configs.load import ConfigError, to_dict
 from configs.public import log_publicly, public
 from configs.schema import RunConfig
-from configs.sweep import arguments_of, direction, folder_of, load_sweep, student_of
+from configs.sweep import arguments_of, direction, folder_of, load_sweep, run_of, student_of
 from configs.sweep_schema import SweepConfig
 from configs.task_schema import TaskConfig
 from launcher import provenance, slurm_job
 from launcher.runfolder import RunFolder
 from launcher.sweep_results import ENDED, TRIALS, counts, judged, table, write_results
 from launcher.trial_run import TrialRun, slots
-from launcher.trials import KEPT, Taken, Trials
+from launcher.trials import KEPT, Open, Taken, Trials
 from trainer import exits
 
 if TYPE_CHECKING:
@@ -119,21 +119,29 @@ class Worker:
 
     def _start(self, taken: Taken) -> None:
         output = self.trials.logs / f"{taken.number:04d}"
-        arguments = arguments_of(self.sweep, self.base, taken.trials, output, self.uri)
-        script = f"launcher/{self.sweep.launcher.value}.py"
-        slot, folder = self.free.pop(0), folder_of(self.sweep, output)
-        for number, settings in taken.trials.items():
+        folder = folder_of(self.sweep, output)
+        for number, settings in list(taken.trials.items()):
             own = ", ".join(f"{key}={value}" for key, value in settings.items())
             log.info("trial %d of %d in %s: %s", number, self.trials.total, folder, own)
-        self.running[TrialRun(folder, script, arguments, slot, taken.log)] = taken
+            try:
+                run_of(self.sweep, settings)
+            except ConfigError as error:  # values that fit the base, but not each other
+                del taken.trials[number]
+                if (trial := taken.open.pop(number, None)) is not None:
+                    self._failed(trial, str(error))
+        if not taken.open:
+            taken.log.close()
+            self._told()
+            return
+        arguments = arguments_of(self.sweep, self.base, taken.trials, output, self.uri)
+        script = f"launcher/{self.sweep.launcher.value}.py"
+        self.running[TrialRun(folder, script, arguments, self.free.pop(0), taken.log)] = taken
 
     def _look(self, run: TrialRun) -> None:
         """Tell what a run has measured, end it where that is not good enough, and note its end."""
         taken, code = self.running[run], run.ended()
-        if len(self.sweep.objectives) == 1 and self.sweep.objectives[0].metric.startswith(
-            ("heldout", "probe")
-        ):
-            metric = self.sweep.objectives[0].metric
+        metric = self.sweep.objectives[0].metric
+        if len(self.sweep.objectives) == 1 and metric.startswith(("heldout/", "probe/")):
             for number, trial in list(taken.open.items()):
                 series = run.series(metric, student_of(self.sweep, self.base, number))
                 if self.trials.report(trial, series) and code is None:
@@ -166,11 +174,14 @@ class Worker:
                 if waiting and not finished:
                     log.info("trial %d has stopped, and goes on when it is its turn", number)
                 else:
-                    log.warning("trial %d has FAILED: %s", number, error)
-                    self.trials.fail(trial, str(error))
+                    self._failed(trial, str(error))
                 continue
             self.trials.complete(number, values)
             log.info("trial %d is done: %s", number, judged(self.sweep, self.trials.results()[number]))
+
+    def _failed(self, trial: Open, reason: str) -> None:
+        log.warning("trial %d has FAILED: %s", trial.number, reason)
+        self.trials.fail(trial, reason)
 
     def _told(self) -> None:
         """Keep and log how the sweep stands."""

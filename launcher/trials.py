@@ -13,7 +13,7 @@ import os
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any, BinaryIO, TypeAlias
 
 import numpy as np
 import optuna
@@ -38,6 +38,9 @@ FREE = ("jobs", "trials", "output")
 """What may change when a sweep goes on: it may grow, and move."""
 
 
+Open: TypeAlias = optuna.Trial
+"""A trial without an outcome."""
+
 KEPT = "sweep.yaml"
 """What the sweep is, in its folder."""
 
@@ -48,7 +51,7 @@ class Taken:
 
     trials: dict[int, dict[str, Any]]
     """Settings by number; of a run that was started before, all that it was started with."""
-    open: dict[int, optuna.Trial]
+    open: dict[int, Open]
     """Those without an outcome, by number."""
     log: BinaryIO
 
@@ -157,7 +160,7 @@ class Trials:
         again = {trial.number: optuna.Trial(self._study, trial._trial_id) for trial in running}
         return Taken({trial.number: self._decoded(trial.params) for trial in found}, again, log)
 
-    def report(self, trial: optuna.Trial, series: Mapping[int, float]) -> bool:
+    def report(self, trial: Open, series: Mapping[int, float]) -> bool:
         """Tell of an objective by optimizer step, all so far; return whether the trial shall end."""
         known = self._reported[trial.number]
         for step, value in sorted(series.items()):
@@ -176,7 +179,7 @@ class Trials:
         """A trial has ended early."""
         self._study.tell(number, state=TrialState.PRUNED)
 
-    def fail(self, trial: optuna.Trial, reason: str) -> None:
+    def fail(self, trial: Open, reason: str) -> None:
         """A trial has failed."""
         trial.set_user_attr("error", public(reason))
         self._study.tell(trial.number, state=TrialState.FAIL)

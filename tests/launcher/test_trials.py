@@ -1,6 +1,7 @@
 """Trials in their storage: workers that share them, one of them killed; samplers, pruners, what is kept."""
 
 import json
+import os
 import signal
 import subprocess
 import sys
@@ -202,6 +203,27 @@ def test_another_sweep_is_refused_and_a_longer_one_is_not(tmp_path: Path) -> Non
     base.write_text(base.read_text().replace("steps: 10", "steps: 11"))
     with pytest.raises(ConfigError, match="base is not what it was"):
         opened(path)
+
+
+def test_values_that_do_not_fit_each_other_fail_alone(tmp_path: Path) -> None:
+    """Each is good with the base. Such a trial starts no run, and its pack goes on without it."""
+    space = {"students.0.hidden_size": {"values": [24, 36]}, "students.0.heads": {"values": [4, 8]}}
+    path = write(tmp_path, space=space, sampler="grid", trials=None, packed=4)
+    path.write_text(path.read_text() + "overrides: [tracking.enabled=false]\n")
+    trials = opened(path)
+    taken = trials.take()
+    assert taken is not None
+    wrong = {"students.0.hidden_size": 36, "students.0.heads": 8}
+    for number, settings in taken.trials.items():
+        if settings != wrong:
+            trials.complete(number, [1.0])
+    taken.log.close()
+    command = [sys.executable, "launcher/sweep.py", "--config", str(path)]
+    done = subprocess.run(command, cwd=ROOT, env={**os.environ, "DS_ACCELERATOR": "cpu"}, capture_output=True)
+    assert done.returncode == 1, done.stderr
+    (failed,) = [result for result in trials.results() if result.error]
+    assert failed.settings == wrong and "36 is not a multiple of heads=8" in failed.error
+    assert not list((tmp_path / "sweep/trials").glob("*/"))
 
 
 def test_a_line_that_a_full_disk_cut_short(tmp_path: Path) -> None:
