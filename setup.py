@@ -9,7 +9,7 @@ setup(
     license="Apache-2.0",
     license_files=["LICENSE"],
     packages=find_packages(include=["configs*", "sharding*", "trainer*", "launcher*"]),
-    package_data={"configs": ["*.yaml"]},
+    package_data={"configs": ["*.yaml", "sweeps/*.yaml"]},
     # 3.10 is what the code is written for; the pinned releases of constraints.txt want 3.11 or newer.
     python_requires=">=3.10",
     install_requires=[
@@ -24,6 +24,7 @@ setup(
         "mwxml>=0.3.8",
         "numpy>=1.26",
         "omegaconf>=2.3,<3",
+        "optuna>=5,<6",
         "psutil>=5.9",
         "pyyaml>=6",
         "rich>=13",

@@ -19,11 +19,12 @@ from configs.corpus_schema import CorpusConfig
 from configs.evaluate_schema import EvaluateConfig
 from configs.public import public_values
 from configs.schema import RunConfig
+from configs.sweep_schema import SweepConfig
 from configs.task import check_task
 from configs.task_schema import TaskConfig
 from configs.validate import check_corpus, check_evaluate, check_run
 
-Config = TypeVar("Config", RunConfig, CorpusConfig, TaskConfig, EvaluateConfig)
+Config = TypeVar("Config", RunConfig, CorpusConfig, TaskConfig, EvaluateConfig, SweepConfig)
 
 
 class ConfigError(ValueError):
@@ -39,7 +40,7 @@ def load_config(schema: type[Config], path: str | Path | None, overrides: Sequen
     """Return the resolved config: the schema's defaults, then the YAML at ``path``, then ``key=value``.
 
     Args:
-        schema: ``RunConfig``, ``CorpusConfig``, ``TaskConfig`` or ``EvaluateConfig``.
+        schema: ``RunConfig``, ``CorpusConfig``, ``TaskConfig``, ``EvaluateConfig`` or ``SweepConfig``.
         path: YAML file, or None for defaults and overrides alone.
         overrides: ``section.key=value``, the value read as YAML; list items by index,
             ``students.0.optimizer.lr=3e-4``.
@@ -78,7 +79,9 @@ def from_dict(schema: type[Config], tree: Any, problems: Sequence[str] = ()) -> 
     return config
 
 
-def _check(config: RunConfig | CorpusConfig | TaskConfig | EvaluateConfig) -> list[str]:
+def _check(config: RunConfig | CorpusConfig | TaskConfig | EvaluateConfig | SweepConfig) -> list[str]:
+    if isinstance(config, SweepConfig):
+        return []  # ``configs.sweep`` checks it together with the configs of its trials
     if isinstance(config, TaskConfig):
         return check_task(config)
     if isinstance(config, EvaluateConfig):

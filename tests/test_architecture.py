@@ -19,6 +19,7 @@ HOMES = {
         "trainer/system_metrics.py",
         "trainer/registry.py",
     },
+    "optuna": {"launcher/trials.py"},
     "webdataset": {"sharding/shards.py", "sharding/tars.py"},
     "omegaconf": {
         "configs/schema.py",
@@ -26,6 +27,7 @@ HOMES = {
         "configs/corpus_schema.py",
         "configs/task_schema.py",
         "configs/evaluate_schema.py",
+        "configs/sweep_schema.py",
         "configs/load.py",
     },
 }

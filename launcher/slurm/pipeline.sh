@@ -9,7 +9,7 @@
 #       task sst2,mnli --config configs/task.yaml stage=teacher task={task} output=/shared/{task} -- ...
 #
 # A stage is one of corpus, general, task, sweep, with the arguments of its script in this folder; any number of
-# them, in any order. Options of sbatch come before it. It prints the jobs' numbers.
+# them, in any order. Options of sbatch come before it (--array=1-8 sweep ...). It prints the jobs' numbers.
 set -euo pipefail
 
 usage() {
@@ -32,10 +32,9 @@ submit() {
             job="${job##* }"
             ;;
         general | task | sweep)
-            case "${stage}" in
-                task) options+=("--array=0-$(tr -cd , <<<"${list}" | wc -c)") ;;
-                sweep) options+=("--array=1-$(wc -l <"${list}")") ;;
-            esac
+            if [[ ${stage} == task ]]; then
+                options+=("--array=0-$(tr -cd , <<<"${list}" | wc -c)")
+            fi
             job="$(sbatch --parsable "${options[@]}" "launcher/slurm/${stage}.sbatch" "${@:2}")"
             job="${job%%;*}"
             echo "${stage}: ${job}"

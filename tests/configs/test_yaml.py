@@ -10,6 +10,7 @@ from configs.evaluate_schema import EvaluateConfig
 from configs.load import load_config, to_yaml
 from configs.schema import RunConfig
 from configs.task import corpus_of, stage_config
+from configs.sweep import load_sweep, total_trials
 from configs.task_schema import TaskConfig
 
 FOLDER = Path(__file__).resolve().parents[2] / "configs"
@@ -55,11 +56,13 @@ def test_an_evaluation_is_of_what_the_task_leaves(path):
     }
 
 
-def test_the_papers_grid_is_a_sweep_of_task_runs():
-    lines = (FOLDER / "sweeps/prediction.txt").read_text().splitlines()
-    stages = [load_config(TaskConfig, FOLDER / "task.yaml", line.split()).prediction for line in lines]
-    found = {(stage.global_batch_rows, stage.optimizer.lr) for stage in stages}
-    assert found == {(rows, lr) for rows in (16, 32) for lr in (1e-5, 2e-5, 3e-5)}
+def test_the_papers_grid_is_a_sweep_of_task_runs(monkeypatch):
+    monkeypatch.chdir(FOLDER.parent)  # from where its base is named
+    sweep, base = load_sweep(FOLDER / "sweeps/prediction.yaml", [])
+    assert base == load_config(TaskConfig, FOLDER / "task.yaml", sweep.overrides)
+    values = {key: axis.values for key, axis in sweep.space.items()}
+    assert values["prediction.optimizer.lr"] == [1e-5, 2e-5, 3e-5] and total_trials(sweep) == 6
+    assert values["prediction.global_batch_rows"] == [16, 32]
 
 
 @pytest.mark.parametrize("path", RUNS, **named)

@@ -92,7 +92,7 @@ def test_the_pipeline_and_a_sweep_on_a_real_slurm(
     tiny_teacher: Path,
     tmp_path: Path,
 ) -> None:
-    """Corpus (three jobs, two of them arrays), general distillation, two tasks by stages; two runs beside."""
+    """Corpus (three jobs, two of them arrays), general distillation, two tasks by stages, a sweep."""
     corpus, run = tmp_path / "corpus", tmp_path / "run"
     run_config |= {"data": {"corpus": str(corpus)}, "evaluation": {"every_steps": None}}
     run_config["train"]["steps"] = 2
@@ -112,9 +112,19 @@ def test_the_pipeline_and_a_sweep_on_a_real_slurm(
         (*one_gpu, "task", *tasks, "stage=data"),
         (*one_gpu, "task", *tasks, "stage=baseline"),
     ]
-    lines = tmp_path / "lines"
-    lines.write_text("train.steps=1\ntrain.steps=1 students.0.optimizer.lr=1e-9\n")
-    sweep = (str(lines), "--config", config, f"output={tmp_path}/sweep-{{line}}", "teacher.precision=bf16")
+    sweep = {
+        "name": "rates",
+        "output": str(tmp_path / "sweep"),
+        "base": str(tmp_path / "task.yaml"),
+        "launcher": "task",
+        "stage": "baseline",
+        "overrides": [f"output={tmp_path}/mine"],
+        "space": {"fine_tuning.optimizer.lr": {"values": [2e-3, 1e-9]}},
+        "sampler": "grid",
+        "objectives": [{"metric": "heldout/score/accuracy"}],
+    }
+    (tmp_path / "sweep.yaml").write_text(yaml.safe_dump(sweep))
+    workers = ("launcher/slurm/sweep.sbatch", "--config", str(tmp_path / "sweep.yaml"))
     with cluster(tmp_path / "slurm") as slurm:
         words = [word for stage in stages for word in (*stage, "--")][:-1]
         said = slurm.ask("launcher/slurm/pipeline.sh", *words).splitlines()
@@ -124,15 +134,16 @@ def test_the_pipeline_and_a_sweep_on_a_real_slurm(
         depends = [slurm.about(job)["Dependency"].partition("(")[0] for job in (pack, join, general, data)]
         assert depends == [f"afterok:{job}" for job in (f"{prepare}_*", f"{pack}_*", f"{join}_*", general)]
         slurm.wait_for_all(general, {"COMPLETED"})
-        job = slurm.sbatch("--array=1-2", *one_gpu, "launcher/slurm/sweep.sbatch", *sweep)
-        for array in (task, job):
-            slurm.wait_for_all(array, {"COMPLETED"})
+        slurm.wait_for_all(task, {"COMPLETED"})
+        job = slurm.sbatch("--array=1-2", *one_gpu, *workers)
+        slurm.wait_for_all(job, {"COMPLETED"})
     assert files_of(corpus) == plain
-    for name in ("sst2/baseline", "mine/baseline", "sweep-1", "sweep-2"):
-        assert (tmp_path / name / "export" / "small" / "config.json").exists()
+    for folder in ("sst2", "mine", "sweep/trials/0000", "sweep/trials/0001"):
+        assert (tmp_path / folder / "baseline/export/small/config.json").exists()
     exported = json.loads((tmp_path / "mine/baseline/export/small/config.json").read_text())
     assert exported["architectures"] == ["BertForSequenceClassification"]
-    assert "lr: 1.0e-09" in (tmp_path / "sweep-2/config.yaml").read_text()
+    trials = json.loads((tmp_path / "sweep/trials.json").read_text())["trials"]
+    assert [trial["state"] for trial in trials] == ["complete", "complete"]
 
 
 @pytest.mark.parametrize("arguments", [[], ["3"], ["0", "output=x"], ["--config", "x.yaml"]])

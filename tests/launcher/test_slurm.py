@@ -11,6 +11,7 @@ from typing import Any
 
 import psutil
 import pytest
+import yaml
 
 from tests.launcher.conftest import Launch, written
 from tests.launcher.slurm import Cluster, cluster
@@ -115,6 +116,31 @@ def test_its_time_limit_queues_it_again_and_scancel_does_not(
     slurm.wait(job, {"CANCELLED"})
     time.sleep(2)
     assert slurm.state(job) == "CANCELLED"
+
+
+def test_a_sweeps_worker_is_queued_again_and_its_trial_goes_on(
+    slurm: Cluster, run_config: dict[str, Any], tmp_path: Path
+) -> None:
+    """Slurm says so with SIGUSR1 to the batch script, here at once."""
+    run_config["train"]["steps"] = 100000
+    sweep = {
+        "name": "rates",
+        "output": str(tmp_path / "sweep"),
+        "base": written(run_config),
+        "space": {"students.0.optimizer.lr": {"values": [1e-3]}},
+        "sampler": "grid",
+        "objectives": [{"metric": "heldout/total"}],
+    }
+    (tmp_path / "sweep.yaml").write_text(yaml.safe_dump(sweep))
+    script = ("launcher/slurm/sweep.sbatch", "--config", str(tmp_path / "sweep.yaml"))
+    job, trial = slurm.sbatch("--nodes=1", *ONE_TASK, *script), str(tmp_path / "sweep/trials/0000")
+    wait_for(slurm, job, trial, "training")
+    slurm.ask("scancel", "--batch", "--signal=USR1", job)
+    stopped = wait_for(slurm, job, trial, "stopped")
+    started = wait_for(slurm, job, trial, "started", 2)
+    assert started["step"] == stopped["step"] and slurm.about(job)["Restarts"] == "1"
+    slurm.ask("scancel", job)
+    slurm.wait(job, {"CANCELLED"})
 
 
 def test_without_its_first_node_it_goes_on_on_the_other(
