@@ -13,6 +13,7 @@ from typing import Any
 from configs.load import to_dict
 from configs.schema import RunConfig
 from launcher import provenance
+from launcher.run_record import keep_figures
 from launcher.runfolder import RunFolder
 from sharding.corpora import Corpora
 from trainer import checkpoint as checkpoints
@@ -172,6 +173,8 @@ class Reporter:
         for name, reason in run.progress.retired.items():
             self.retired(name, reason)
         self.event("started", ranks=run.world.size, host=socket.gethostname(), resumed=resumed)
+        if run.teacher_score:
+            self.event("teacher", scores={f"score/{name}": own for name, own in run.teacher_score.items()})
         if self.tracked is not None:
             log.info("in MLflow: %s", self.tracked.run.url)
             for name in ("config.yaml", "deepspeed.json", "origin.json", "changes.diff"):
@@ -200,6 +203,7 @@ class Reporter:
                 100 * speed["share/data"],
                 duration(speed["time/eta_s"]),
             )
+        keep_figures(self.folder, progress.step, speed, students)
         if self.tracked is not None:
             self.tracked.run.log_metrics(speed, progress.step)
             for student, figures in students.items():
@@ -232,6 +236,8 @@ class Reporter:
             told = ", ".join(f"{key} {value:.4f}" for key, value in scores.items())
             log.info("step %d/%d %s  probes %s", progress.step, self.run.total_steps, name, told)
         self._keep("probes.jsonl", "scores", "probe", progress.step, students)
+        if teacher:
+            self.event("teacher", scores=dict(teacher))
         if self.tracked is not None:
             of_teacher = {f"probe/teacher/{key}": value for key, value in teacher.items()}
             self.tracked.run.log_metrics(of_teacher, progress.step)

@@ -4,8 +4,8 @@ import re
 from dataclasses import replace
 from html.parser import HTMLParser
 
-from launcher.figure import draw, render
-from launcher.report import markdown, to_html, verdict
+from launcher.evaluation_figure import draw, render
+from launcher.evaluation_report import markdown, to_html, verdict
 from tests.launcher.made_results import made_results
 
 

@@ -3,7 +3,7 @@
 import pytest
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 
-from launcher.figure import draw, render
+from launcher.evaluation_figure import draw, render
 from tests.launcher.made_results import made_results
 
 

@@ -1,0 +1,3 @@
+from pathlib import Path
+TRIALS="trials.json"
+def to_html(folder: Path) -> str: ...
