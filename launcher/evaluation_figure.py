@@ -62,7 +62,11 @@ def draw_retention(results: Results, wide: bool) -> Figure:
             shares = [100 * value / results.teacher_score(column) for value in arm.values("pytorch", column)]
             if not shares:
                 continue
-            mean, spread, y = sum(shares) / len(shares), deviation(shares), row - 0.4 + (number - 0.5) * height
+            mean, spread, y = (
+                sum(shares) / len(shares),
+                deviation(shares),
+                row - 0.4 + (number - 0.5) * height,
+            )
             label = arm.name if row == 0 else None
             axes.barh(y, mean, 0.86 * height, color=colour_of(number), alpha=0.85, label=label)
             if spread is not None:
@@ -78,7 +82,9 @@ def draw_retention(results: Results, wide: bool) -> Figure:
                 color=SOFT,
             )
     axes.axvline(100, color=TEACHER_COLOUR, linewidth=1)
-    axes.axvline(100 * results.aim, color=AIM_COLOUR, linewidth=1, linestyle="--", label=f"aim {results.aim:.0%}")
+    axes.axvline(
+        100 * results.aim, color=AIM_COLOUR, linewidth=1, linestyle="--", label=f"aim {results.aim:.0%}"
+    )
     axes.set_yticks(range(len(columns)), [column.name for column in columns])
     axes.set_ylim(len(columns) - 0.5, -0.5)
     axes.grid(False, axis="y")

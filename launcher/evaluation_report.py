@@ -75,7 +75,9 @@ def _tiles(results: Results) -> str:
             (f"{before.p50_ms / own.p50_ms:.1f}x", "faster", f"{_rows(own.batch_rows)}, {own.device}")
         )
     fewer = f"{teacher.parameters / arm.parameters:.1f}x"
-    entries.append((fewer, "fewer parameters", f"{millions(arm.parameters)} of {millions(teacher.parameters)}"))
+    entries.append(
+        (fewer, "fewer parameters", f"{millions(arm.parameters)} of {millions(teacher.parameters)}")
+    )
     size, before_size = arm.file_bytes.get(choice.form), teacher.file_bytes.get("pytorch")
     if size and before_size:
         entries.append((f"{before_size / size:.1f}x", "smaller on disk", f"{megabytes(size)}"))

@@ -17,15 +17,16 @@ from matplotlib.figure import Figure
 
 from launcher.page import picture
 
-INK, SOFT, GRID, PAPER = "#1b2430", "#5b6775", "#e4e8ec", "#ffffff"
+INK, SOFT, PALE, GRID, PAPER = "#1b2430", "#5b6775", "#a3aeb9", "#e4e8ec", "#ffffff"
 COLOURS = ("#0072b2", "#d55e00", "#009e73", "#b8578d", "#c98a00", "#2f9fd8", "#7b4fa3", "#8a5a2b")
 """Of students, arms and parts, in their order."""
 TEACHER_COLOUR = "#444c56"
 _RAMP_STEPS = 12
-_RAMP = [to_hex(colormaps["viridis"](0.8 * step / _RAMP_STEPS)) for step in range(_RAMP_STEPS + 1)]
+_RAMP = [to_hex(colormaps["viridis"](0.75 * step / _RAMP_STEPS)) for step in range(_RAMP_STEPS + 1)]
 _ON_DARK = {
     INK: "#e3e8ee",
     SOFT: "#9aa7b5",
+    PALE: "#66727f",
     GRID: "#2c3540",
     PAPER: "#171c23",
     TEACHER_COLOUR: "#b9c3ce",
@@ -37,7 +38,8 @@ _ON_DARK = {
         )
     ),
     **{
-        light: to_hex(colormaps["viridis"](0.3 + 0.7 * step / _RAMP_STEPS)) for step, light in enumerate(_RAMP)
+        light: to_hex(colormaps["viridis"](0.4 + 0.6 * step / _RAMP_STEPS))
+        for step, light in enumerate(_RAMP)
     },
 }
 _SETTINGS: dict[str, Any] = {
@@ -117,12 +119,25 @@ def _themed(svg: str) -> str:
     return svg.replace("<defs>", f"{style}<defs>", 1)
 
 
+def swatch(colour: str) -> str:
+    """Return a small square of a colour, of HTML: what a figure's key beside it begins with."""
+    dark = _ON_DARK.get(colour, colour)
+    return f'<i style="background:{colour};background:light-dark({colour},{dark})"></i>'
+
+
 def ramp(count: int) -> list[str]:
     """Return colours for layers 1..count."""
     return [_RAMP[round(index * _RAMP_STEPS / max(1, count - 1))] for index in range(count)]
 
 
-def binned(x: Sequence[float], y: Sequence[float], most: int = MOST_POINTS) -> tuple[list[float], list[float]]:
+def shade(share: float) -> str:
+    """Return the ramp's colour at 0 (dark) to 1 (light)."""
+    return _RAMP[round(share * _RAMP_STEPS)]
+
+
+def binned(
+    x: Sequence[float], y: Sequence[float], most: int = MOST_POINTS
+) -> tuple[list[float], list[float]]:
     """Return at most ``most`` points: means over neighbours."""
     width = -(-len(x) // most)
     if width <= 1:

@@ -9,6 +9,7 @@ from pathlib import Path
 
 if __package__ in (None, ""):  # run as a script, which puts this folder on sys.path, not the repository
     sys.path[0] = str(Path(__file__).resolve().parents[1])
+    import configs  # noqa: F401  before transformers, which finds torchao and makes it talk
 
 import argparse
 import logging
@@ -16,6 +17,7 @@ import logging
 from configs.public import log_publicly, public
 from launcher import run_report, sweep_report
 from launcher.run_record import Record
+from launcher.sweep_record import TRIALS, Sweep
 from sharding.files import write_text
 
 log = logging.getLogger("distil")
@@ -50,14 +52,14 @@ def made(folder: Path, models: bool = False, rows: int = 0) -> str:
     Raises:
         ValueError: it is neither's, or its models cannot be loaded.
     """
-    if (folder / sweep_report.TRIALS).is_file():
-        return public(sweep_report.to_html(folder))
+    if (folder / TRIALS).is_file():
+        return public(sweep_report.to_html(Sweep.read(folder)))
     record = Record.read(folder)
-    comparisons = []
+    comparisons: list[str] = []
     if models:
-        from launcher.comparison import sections  # torch and transformers take seconds to import
+        from launcher import comparison, comparison_figures  # torch and transformers take seconds to import
 
-        comparisons = sections(record, rows)
+        comparisons = list(comparison_figures.sections(comparison.compare(record, rows)))
     return public(run_report.to_html(record, comparisons))
 
 

@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Sequence
 from datetime import datetime
+from functools import partial
 from itertools import pairwise
 
 from matplotlib.axes import Axes
@@ -11,6 +12,7 @@ from matplotlib.ticker import MaxNLocator
 from launcher.figure import (
     COLOURS,
     INK,
+    PALE,
     PAPER,
     SOFT,
     TEACHER_COLOUR,
@@ -44,7 +46,7 @@ PARTS = {
     "losses": COLOURS[3],
     "backward": COLOURS[0],
     "optimizer": COLOURS[2],
-    "other": SOFT,
+    "other": PALE,
 }
 """Of a step, in its order."""
 WALL = {
@@ -52,7 +54,7 @@ WALL = {
     "training": COLOURS[0],
     "waiting for saves": COLOURS[2],
     "evaluation, exports, rest": COLOURS[3],
-    "standing still": SOFT,
+    "standing still": PALE,
 }
 """What a run's wall clock time went into."""
 
@@ -109,7 +111,7 @@ def _line(axes: Axes, record: Record, student: str, key: str, colour: str) -> li
     """Draw training as a line and held-out rows as dots; return all values, the last one drawn at the end."""
     rows, values = binned(*record.series(f"loss/{key}", student))
     axes.plot(rows, values, color=colour)
-    at, heldout = record.heldout(student, key)
+    at, heldout = record.heldout(key, student)
     dots = {"color": colour, "markersize": 4.5, "markeredgecolor": PAPER, "markeredgewidth": 0.7}
     axes.plot(*binned(at, heldout, 60), "o:", linewidth=0.9, zorder=3, **dots)
     if rows and (not at or rows[-1] >= at[-1]):
@@ -120,24 +122,22 @@ def _line(axes: Axes, record: Record, student: str, key: str, colour: str) -> li
 def draw_optimizer(record: Record, wide: bool) -> Figure:
     """Draw learning rate and gradient norm over rows, for every student."""
     figure, (rate, norm) = panels(wide, 2, 2, 2.7)
-    for axes, key, title in (
-        (rate, "optimizer/lr", "learning rate"),
-        (norm, "optimizer/grad_norm", "gradient norm, before clipping"),
-    ):
-        values = _by_student(axes, record, lambda student, key=key: record.series(key, student))  # type: ignore[misc]
-        if axes is norm:
-            log_if_wide(axes, values)
-        else:
-            axes.set_ylim(bottom=0)
-            axes.yaxis.set_major_formatter(number)
-        axes.set_title(title)
+    _by_student(rate, record, partial(record.series, "optimizer/lr"), "learning rate", from_zero=True)
+    title = "gradient norm, before clipping"
+    _by_student(norm, record, partial(record.series, "optimizer/grad_norm"), title, logarithmic=True)
     return figure
 
 
 def _by_student(
-    axes: Axes, record: Record, series: Callable[[str], tuple[list[float], list[float]]], mark: str = "-"
-) -> list[float]:
-    """Draw a line for every student, labelled where there are several; return all values."""
+    axes: Axes,
+    record: Record,
+    series: Callable[[str], tuple[list[float], list[float]]],
+    title: str,
+    mark: str = "-",
+    from_zero: bool = False,
+    logarithmic: bool = False,
+) -> None:
+    """Draw a line for every student, labelled where there are several."""
     values, ends = [], []
     for student in record.students:
         rows, own = binned(*series(student))
@@ -146,9 +146,14 @@ def _by_student(
             values += own
             ends.append((own[-1], student, student_colour(record, student)))
     rows_axis(axes)
+    axes.set_title(title)
+    axes.yaxis.set_major_formatter(number)
+    if logarithmic:
+        log_if_wide(axes, values)
+    if from_zero:
+        axes.set_ylim(bottom=0)
     if len(ends) > 1:
         label_ends(axes, ends, 0.08)
-    return values
 
 
 def draw_speed(record: Record, wide: bool) -> Figure:
@@ -190,25 +195,16 @@ def draw_split(record: Record, wide: bool) -> Figure:
 
 def draw_scores(record: Record, wide: bool) -> Figure:
     """Draw the task's metrics on held-out rows, or the probes', over rows: a panel for each metric."""
-    probes = score_keys(record)
-    figure, axes_of = panels(wide, len(probes), 3, 2.7)
-    for (name, (key, of_evaluation)), axes in zip(probes.items(), axes_of, strict=True):
-        found = record.heldout if of_evaluation else record.probed
-        _by_student(axes, record, lambda student: found(student, key), mark="o-")  # noqa: B023
+    keys = score_keys(record)
+    figure, axes_of = panels(wide, len(keys), 3, 2.7)
+    for (name, (key, of_evaluation)), axes in zip(keys.items(), axes_of, strict=True):
         teacher = record.teacher_scores.get(key)
         if teacher is not None:
             axes.axhline(teacher, color=TEACHER_COLOUR, linewidth=1, linestyle="--")
-            axes.annotate(
-                "teacher",
-                (0, teacher),
-                xycoords=("axes fraction", "data"),
-                xytext=(4, 3),
-                textcoords="offset points",
-                color=TEACHER_COLOUR,
-                fontsize=8.5,
-            )
-        axes.yaxis.set_major_formatter(number)
-        axes.set_title(name)
+            place = {"xycoords": ("axes fraction", "data"), "textcoords": "offset points", "xytext": (4, 3)}
+            axes.annotate("teacher", (0, teacher), color=TEACHER_COLOUR, fontsize=8.5, **place)
+        series = partial(record.heldout if of_evaluation else record.probed, key)
+        _by_student(axes, record, series, name, mark="o-")
     return figure
 
 
@@ -242,7 +238,7 @@ def draw_timeline(record: Record, wide: bool) -> Figure:
             axes.barh(0, at(until) - at(since), 0.7, at(since), color=colour)
     for before, after in pairwise(lives):
         gap = at(after.start) - at(before.end)
-        axes.barh(0, gap, 0.12, at(before.end), color=SOFT)
+        axes.barh(0, gap, 0.12, at(before.end), color=PALE)
     marks = _marks(record)
     for row, (name, moments) in enumerate(marks.items(), start=1):
         places = sorted({round(at(moment) / at(end) * 400) * at(end) / 400 for moment in moments})
@@ -291,6 +287,8 @@ def wall_clock(record: Record) -> dict[str, float]:
         ready = life.training or life.end
         spent["starting"] += (ready - life.start).total_seconds()
         own = [line for line in record.logged if ready <= when(line) <= life.end]
+        if not own:  # nothing was logged: nobody knows better
+            spent["training"] += (life.end - ready).total_seconds()
         step = life.first_step + 1  # that one is part of starting
         for line in own:
             spent["training"] += (line["step"] - step) * line["run"]["speed/step_s"]

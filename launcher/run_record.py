@@ -172,13 +172,13 @@ class Record:
         ]
         return [rows for rows, _ in found], [value for _, value in found]
 
-    def heldout(self, student: str, key: str) -> tuple[list[float], list[float]]:
+    def heldout(self, key: str, student: str) -> tuple[list[float], list[float]]:
         """Return rows seen, and a student's held-out losses or scores by key."""
-        return self._of_step(self.evaluations, "losses", student, key)
+        return self._of_step(self.evaluations, "losses", key, student)
 
-    def probed(self, student: str, key: str) -> tuple[list[float], list[float]]:
+    def probed(self, key: str, student: str) -> tuple[list[float], list[float]]:
         """Return rows seen, and a student's scores in a probe."""
-        return self._of_step(self.probes, "scores", student, key)
+        return self._of_step(self.probes, "scores", key, student)
 
     def keys(self, student: str) -> list[str]:
         """Return the keys of a student's losses (``total``, ``hidden/1`` ...), without those by corpus."""
@@ -199,7 +199,9 @@ class Record:
             parts[-1].append(event)
         return [_life(part, following, self.logged) for part, following in _with_next(parts)]
 
-    def _of_step(self, lines: list[Line], what: str, student: str, key: str) -> tuple[list[float], list[float]]:
+    def _of_step(
+        self, lines: list[Line], what: str, key: str, student: str
+    ) -> tuple[list[float], list[float]]:
         found = [line for line in lines if line["student"] == student and key in line[what]]
         return [line["step"] * self.batch_rows for line in found], [line[what][key] for line in found]
 

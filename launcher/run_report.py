@@ -4,13 +4,14 @@ import html
 import math
 from collections.abc import Iterator, Mapping, Sequence
 from functools import partial
+from statistics import median
 from typing import Any
 
 from configs.load import to_dict
 from configs.schema import RunConfig
 from configs.student_schema import StudentConfig
 from launcher import run_figures as figures
-from launcher.figure import count, show
+from launcher.figure import count, show, swatch
 from launcher.page import Table, page, section, tiles
 from launcher.run_record import Life, Record, duration
 
@@ -31,12 +32,12 @@ def verdict(record: Record) -> str:
     ]
     last, rows = record.last_step, record.last_step * record.batch_rows
     said = f"{_and(students)} {'learn' if len(students) > 1 else 'learns'} from {_short(config['teacher']['model'])}"
-    said += f" on {_and(_corpora(config))}: {count(rows)} rows in {last:,} steps"
+    said += f" on {_and(_corpora(config))}: {_counted(rows)} rows in {last:,} steps"
     if lives:
         said += f", {duration((lives[-1].end - lives[0].start).total_seconds())} by the wall clock"
     said += "."
     for student in record.students:
-        found = [value for value in record.heldout(student, "total")[1] if math.isfinite(value)]
+        found = [value for value in record.heldout("total", student)[1] if math.isfinite(value)]
         if len(found) > 1:
             change = f"{found[-1] / found[0] - 1:+.0%}".replace("-", "−")
             said += f" Held-out loss of {student}: {found[0]:.4g} to **{found[-1]:.4g}** ({change})."
@@ -80,13 +81,13 @@ def _tiles(record: Record) -> Iterator[tuple[str, str, str]]:
     rows = record.last_step * record.batch_rows
     run = record.points[-1]["run"] if record.points else {}
     epochs = f"{run['progress/epoch']:.3g} epochs" if "progress/epoch" in run else ""
-    yield count(rows), "rows seen", epochs
+    yield _counted(rows), "rows seen", epochs
     if "progress/tokens" in run:
-        yield count(run["progress/tokens"]), "tokens seen", ""
+        yield _counted(run["progress/tokens"]), "tokens seen", ""
     speeds = record.series("speed/rows_per_s")[1]
     if speeds:
         tokens = record.series("speed/tokens_per_s")[1]
-        yield f"{count(_median(speeds))}/s", "rows, median", f"{count(_median(tokens))} tokens/s"
+        yield f"{_counted(median(speeds))}/s", "rows, median", f"{_counted(median(tokens))} tokens/s"
     if lives := record.lives():
         ranks = sorted({life.ranks for life in lives})
         said = f"on {_and([str(own) for own in ranks])} rank{'s' if ranks != [1] else ''}"
@@ -135,7 +136,7 @@ def _timeline(record: Record) -> Iterator[str]:
     spent = figures.wall_clock(record)
     whole = sum(spent.values()) or 1.0
     key = "".join(
-        f"<li><i style='background:{figures.WALL[name]}'></i>{html.escape(name)} "
+        f"<li>{swatch(figures.WALL[name])}{html.escape(name)} "
         f"<b>{seconds / whole:.0%}</b> <small>{duration(seconds)}</small></li>"
         for name, seconds in spent.items()
         if seconds > 0
@@ -221,5 +222,6 @@ def _and(names: Sequence[str]) -> str:
     return f"{', '.join(names[:-1])} and {names[-1]}" if len(names) > 1 else names[0]
 
 
-def _median(values: Sequence[float]) -> float:
-    return sorted(values)[len(values) // 2]
+def _counted(value: float) -> str:
+    """Return a count for people: ``1,440``, ``12.3k``, ``4.5M``."""
+    return f"{value:,.0f}" if value < 1e4 else count(float(f"{value:.3g}"))
