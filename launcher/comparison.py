@@ -91,26 +91,24 @@ def compare(record: Record, rows: int) -> list[Comparison]:
     samples = list(_samples(corpora))
     tokenizer = load_tokenizer(config.teacher)
     found = []
-    for student in config.students:
-        if student.name not in students:
-            continue
-        layer_map = resolve(student.layer_map, student.layers, teacher.config.num_hidden_layers)
+    for settings in (own for own in config.students if own.name in students):
+        student, own = students[settings.name], moments[settings.name]
+        layer_map = resolve(settings.layer_map, settings.layers, teacher.config.num_hidden_layers)
         shown = [
             Sample(
                 tokenizer.convert_ids_to_tokens(ids_S.tolist()),
-                _maps(students[student.name], ids_S.to(device), tuple(range(1, student.layers + 1))),
+                _maps(student, ids_S.to(device), tuple(range(1, settings.layers + 1))),
                 _maps(teacher, ids_S.to(device), layer_map),
             )
             for ids_S in samples
         ]
-        own = moments[student.name]
-        found.append(Comparison(student.name, layer_map, own.cka().tolist(), own.tokens, shown))
+        found.append(Comparison(settings.name, layer_map, own.cka().tolist(), own.tokens, shown))
     return found
 
 
 def _ready(encoder: PreTrainedModel, device: torch.device) -> PreTrainedModel:
     enable_capture(encoder)
-    encoder.eval().to(device)  # type: ignore[arg-type]
+    encoder.eval().to(device)
     return encoder
 
 

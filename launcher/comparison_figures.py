@@ -25,9 +25,9 @@ def sections(comparisons: list[Comparison]) -> Iterator[str]:
         pairs = [found.cka[m][g] for m, g in enumerate((0, *found.layer_map))]
         drawn = show(partial(draw_cka, found), f"linear CKA of {found.student}'s layers with the teacher's")
         note = (
-            "Linear CKA of hidden states (Kornblith et al. 2019, arXiv:1905.00414): 1 is the same up to rotation "
-            f"and scale. On {found.tokens:,} held-out tokens. Outlined: the teacher layer that a student layer "
-            f"learns from; there the mean is {statistics.fmean(pairs):.2f}. 0 are the embeddings."
+            "Linear CKA of hidden states (Kornblith et al. 2019, arXiv:1905.00414): 1 is the same up to "
+            f"rotation and scale. On {found.tokens:,} held-out tokens. Outlined: the teacher layer that a "
+            f"student layer learns from, with a mean of {statistics.fmean(pairs):.2f}. 0 are the embeddings."
         )
         yield section(f"What the layers of {found.student} have in common with the teacher's", drawn, note)
         maps = "".join(
@@ -37,7 +37,7 @@ def sections(comparisons: list[Comparison]) -> Iterator[str]:
             )
             for sample in found.samples
         )
-        note = "Mean over heads, on the first tokens of held-out rows. A row is a token that looks; a column, at what."
+        note = "Mean over heads, on the first tokens of held-out rows. Each row is where one token looks."
         yield section(f"Attention of {found.student} and the teacher", maps, note)
 
 
@@ -65,7 +65,7 @@ def draw_cka(found: Comparison, wide: bool) -> Figure:
     axes.tick_params(length=0)
     axes.set_xlabel("teacher layer")
     axes.set_ylabel("student layer")
-    figure.colorbar(mesh, ax=axes, pad=0.01, label="linear CKA" if wide else None).outline.set_visible(False)  # type: ignore[operator]
+    figure.colorbar(mesh, ax=axes, pad=0.01, label="linear CKA" if wide else None).outline.set_visible(False)
     return figure
 
 
@@ -96,5 +96,5 @@ def draw_attention(found: Comparison, sample: Sample, wide: bool) -> Figure:
     bar = figure.colorbar(
         image, ax=grid, shrink=0.6, pad=0.01, extend="max", label="attention probability" if wide else None
     )
-    bar.outline.set_visible(False)  # type: ignore[operator]
+    bar.outline.set_visible(False)
     return figure

@@ -42,7 +42,7 @@ _ON_DARK = {
         for step, light in enumerate(_RAMP)
     },
 }
-_SETTINGS: dict[str, Any] = {
+_SETTINGS: Any = {
     "font.size": 9.5,
     "axes.titlesize": 10,
     "axes.titleweight": "bold",

@@ -117,7 +117,9 @@ h2 { margin: 0 0 .75rem; font-size: 1.2rem }
 .verdict b { color: var(--accent) }
 .tiles { list-style: none; padding: 0; display: grid; gap: .75rem;
   grid-template-columns: repeat(auto-fit, minmax(10.5rem, 1fr)) }
-.tiles li, section { background: var(--paper); border: 1px solid var(--line); border-radius: .5rem; padding: 1rem }
+.tiles li, section { background: var(--paper); border: 1px solid var(--line); border-radius: .5rem;
+  padding: 1rem }
+.tiles small { white-space: normal }
 .tiles b { display: block; font-size: 1.5rem; line-height: 1.2; color: var(--accent); white-space: nowrap }
 section { margin-top: 1rem }
 small { display: block; color: var(--soft); font-size: .8rem; font-weight: 400; white-space: nowrap }

@@ -4,6 +4,7 @@ from collections.abc import Callable, Sequence
 from datetime import datetime
 from functools import partial
 from itertools import pairwise
+from typing import Any
 
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
@@ -112,7 +113,12 @@ def _line(axes: Axes, record: Record, student: str, key: str, colour: str) -> li
     rows, values = binned(*record.series(f"loss/{key}", student))
     axes.plot(rows, values, color=colour)
     at, heldout = record.heldout(key, student)
-    dots = {"color": colour, "markersize": 4.5, "markeredgecolor": PAPER, "markeredgewidth": 0.7}
+    dots: dict[str, Any] = {
+        "color": colour,
+        "markersize": 4.5,
+        "markeredgecolor": PAPER,
+        "markeredgewidth": 0.7,
+    }
     axes.plot(*binned(at, heldout, 60), "o:", linewidth=0.9, zorder=3, **dots)
     if rows and (not at or rows[-1] >= at[-1]):
         return heldout + values
@@ -201,8 +207,15 @@ def draw_scores(record: Record, wide: bool) -> Figure:
         teacher = record.teacher_scores.get(key)
         if teacher is not None:
             axes.axhline(teacher, color=TEACHER_COLOUR, linewidth=1, linestyle="--")
-            place = {"xycoords": ("axes fraction", "data"), "textcoords": "offset points", "xytext": (4, 3)}
-            axes.annotate("teacher", (0, teacher), color=TEACHER_COLOUR, fontsize=8.5, **place)
+            axes.annotate(
+                "teacher",
+                (0, teacher),
+                xycoords=("axes fraction", "data"),
+                xytext=(4, 3),
+                textcoords="offset points",
+                color=TEACHER_COLOUR,
+                fontsize=8.5,
+            )
         series = partial(record.heldout if of_evaluation else record.probed, key)
         _by_student(axes, record, series, name, mark="o-")
     return figure
@@ -240,7 +253,7 @@ def draw_timeline(record: Record, wide: bool) -> Figure:
         gap = at(after.start) - at(before.end)
         axes.barh(0, gap, 0.12, at(before.end), color=PALE)
     marks = _marks(record)
-    for row, (name, moments) in enumerate(marks.items(), start=1):
+    for row, moments in enumerate(marks.values(), start=1):
         places = sorted({round(at(moment) / at(end) * 400) * at(end) / 400 for moment in moments})
         axes.plot(places, [row] * len(places), "|", color=INK, markersize=9, markeredgewidth=1.1)
     names = [f"{name} ({len(moments)})" for name, moments in marks.items()]

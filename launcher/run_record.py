@@ -23,7 +23,7 @@ Line = dict[str, Any]
 def keep_figures(
     folder: Path, step: int, run: Mapping[str, float], students: Mapping[str, Mapping[str, float]]
 ) -> None:
-    """Append a line to ``metrics.jsonl``: a run's figures and its students', to six digits, and when (UTC)."""
+    """Append a line to ``metrics.jsonl``: when (UTC), a run's figures and its students', to six digits."""
 
     def short(figures: Mapping[str, float]) -> dict[str, float]:
         return {key: float(f"{value:.6g}") for key, value in figures.items()}

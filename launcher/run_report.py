@@ -31,7 +31,8 @@ def verdict(record: Record) -> str:
         f"**{own['name']}** ({own['layers']} layers x {own['hidden_size']})" for own in config["students"]
     ]
     last, rows = record.last_step, record.last_step * record.batch_rows
-    said = f"{_and(students)} {'learn' if len(students) > 1 else 'learns'} from {_short(config['teacher']['model'])}"
+    teacher, learn = _short(config["teacher"]["model"]), "learn" if len(students) > 1 else "learns"
+    said = f"{_and(students)} {learn} from {teacher}"
     said += f" on {_and(_corpora(config))}: {_counted(rows)} rows in {last:,} steps"
     if lives:
         said += f", {duration((lives[-1].end - lives[0].start).total_seconds())} by the wall clock"

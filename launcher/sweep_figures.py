@@ -3,14 +3,26 @@
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
-from launcher.figure import COLOURS, INK, PALE, PAPER, SOFT, new, number, panels, shade
+from launcher.figure import (
+    COLOURS,
+    INK,
+    PALE,
+    PAPER,
+    SOFT,
+    binned,
+    log_if_wide,
+    new,
+    number,
+    panels,
+    shade,
+)
 from launcher.sweep_record import Objective, Sweep, Trial, short_names
 
 MAX_TICKS = 6
@@ -64,7 +76,7 @@ def draw_parallel(sweep: Sweep, wide: bool) -> Figure:
     first, done, best = sweep.objectives[0].metric, sweep.done, sweep.best
     outcomes = {own.metric: f"{own.metric} {own.arrow}" for own in sweep.objectives}
     names = {**short_names(sweep.varied), **outcomes}
-    lines = {trial.number: dict(trial.params) for trial in sweep.trials}
+    lines = {trial.number: dict(trial.settings) for trial in sweep.trials}
     for trial in done:
         lines[trial.number] |= {metric: trial.values[metric] for metric in outcomes}
     axis_of = {
@@ -133,6 +145,7 @@ def draw_front(sweep: Sweep, wide: bool) -> Figure:
     if others:
         axes.plot(*zip(*others, strict=True), "o", color=PALE, markersize=6)
     points = [place(trial) for trial in front]
+    where: Literal["pre", "post"]
     where = "post" if (first.direction == "maximize") == (second.direction == "minimize") else "pre"
     axes.step(*zip(*points, strict=True), where=where, color=COLOURS[0], linewidth=1.2, alpha=0.6)
     axes.plot(*zip(*points, strict=True), "o", color=COLOURS[0], markersize=8, markeredgecolor=PAPER)
@@ -162,7 +175,7 @@ def draw_history(sweep: Sweep, wide: bool) -> Figure:
     """Draw every objective by the trials' numbers, and its best so far; crosses are trials that failed or
     were pruned."""
     figure, axes_of = panels(wide, len(sweep.objectives), 2, 2.9)
-    lost = [trial.number for trial in sweep.trials if trial.state in ("FAIL", "PRUNED")]
+    lost = [trial.number for trial in sweep.trials if trial.state in ("failed", "pruned")]
     for objective, axes in zip(sweep.objectives, axes_of, strict=True):
         numbers = [trial.number for trial in sweep.done]
         values = [trial.values[objective.metric] for trial in sweep.done]
@@ -173,6 +186,26 @@ def draw_history(sweep: Sweep, wide: bool) -> Figure:
         axes.yaxis.set_major_formatter(number)
         axes.set_xlabel("trial")
         axes.set_title(objective.in_words)
+    return figure
+
+
+def draw_reported(sweep: Sweep, wide: bool) -> Figure:
+    """Draw the first objective by optimizer step for every trial that reported it while it trained."""
+    figure, (axes,) = panels(wide, 1, 1, 3.2)
+    first, best = sweep.objectives[0], sweep.best
+    values: list[float] = []
+    outcomes = [trial.values[first.metric] for trial in sweep.done]
+    low, span = min(outcomes, default=0.0), (max(outcomes, default=1.0) - min(outcomes, default=0.0)) or 1.0
+    for trial in sweep.trials:
+        style: dict[str, Any] = {"color": PALE, "linewidth": 1.0, "linestyle": "--"}
+        if trial in sweep.done:
+            colour = shade((trial.values[first.metric] - low) / span)
+            style = {"color": colour, "linewidth": 3.0 if trial is best else 1.2, "zorder": 3}
+        axes.plot(*binned(list(trial.reported), list(trial.reported.values())), **style)
+        values += trial.reported.values()
+    log_if_wide(axes, values)
+    axes.set_xlabel("optimizer steps")
+    axes.set_ylabel(first.metric)
     return figure
 
 

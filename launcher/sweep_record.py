@@ -41,16 +41,14 @@ class Trial:
 
     number: int
     state: str
-    """``COMPLETE``, ``FAIL``, ``PRUNED``, ``RUNNING``, or another word of Optuna's."""
-    params: dict[str, Any]
+    """``complete``, ``pruned``, ``failed`` or ``running``."""
+    settings: dict[str, Any]
     values: dict[str, float]
+    """By objective's metric; empty unless it is complete."""
     seconds: float | None
-    folder: str | None
-
-    @property
-    def in_words(self) -> str:
-        """Return its state."""
-        return {"FAIL": "failed"}.get(self.state, self.state.lower())
+    reported: dict[int, float]
+    """The first objective while it trained, by step."""
+    error: str
 
 
 @dataclass(frozen=True)
@@ -71,31 +69,29 @@ class Sweep:
         path = folder / TRIALS
         try:
             tree = json.loads(path.read_text(encoding="utf-8"))
+            metrics = [own["metric"] for own in tree["objectives"]]
             return cls(
                 name=tree["name"],
                 objectives=[Objective(own["metric"], own["direction"]) for own in tree["objectives"]],
-                trials=sorted((_trial(own) for own in tree["trials"]), key=lambda trial: trial.number),
+                trials=[_trial(own, metrics) for own in tree["trials"]],
             )
         except (KeyError, TypeError, json.JSONDecodeError) as error:
             raise ValueError(
-                f"{path} does not list a sweep's trials ({error!r}); start launcher/sweep.py again, it writes it anew"
+                f"{path} does not list a sweep's trials ({error!r}); start launcher/sweep.py again, which "
+                "writes it anew"
             ) from error
 
     @cached_property
     def done(self) -> list[Trial]:
         """Trials with a value of every objective."""
-        metrics = [objective.metric for objective in self.objectives]
         return [
-            trial
-            for trial in self.trials
-            if trial.state == "COMPLETE"
-            and all(math.isfinite(trial.values.get(m, math.nan)) for m in metrics)
+            trial for trial in self.trials if trial.values and all(map(math.isfinite, trial.values.values()))
         ]
 
     @property
     def states(self) -> str:
         """How many trials are in which state."""
-        found = Counter(trial.in_words for trial in self.trials)
+        found = Counter(trial.state for trial in self.trials)
         return ", ".join(f"{count} {state}" for state, count in sorted(found.items()))
 
     @property
@@ -130,7 +126,7 @@ class Sweep:
         """Settings that differ between trials."""
         found: dict[str, set[str]] = {}
         for trial in self.trials:
-            for key, value in trial.params.items():
+            for key, value in trial.settings.items():
                 found.setdefault(key, set()).add(str(value))
         return [key for key, values in found.items() if len(values) > 1]
 
@@ -147,8 +143,14 @@ def short_names(keys: Sequence[str]) -> dict[str, str]:
     }
 
 
-def _trial(tree: dict[str, Any]) -> Trial:
-    values = {metric: value for metric, value in (tree.get("values") or {}).items() if value is not None}
+def _trial(tree: dict[str, Any], metrics: Sequence[str]) -> Trial:
+    complete = tree["state"] == "complete"
     return Trial(
-        tree["number"], tree["state"], tree["params"], values, tree.get("seconds"), tree.get("folder")
+        number=tree["number"],
+        state=tree["state"],
+        settings=tree["settings"],
+        values=dict(zip(metrics, tree["values"], strict=True)) if complete else {},
+        seconds=tree["seconds"],
+        reported={int(step): value for step, value in tree["reported"].items()},
+        error=tree["error"],
     )

@@ -25,7 +25,9 @@ def verdict(sweep: Sweep) -> str:
     if best is None:
         return f"No trial has an outcome yet: {sweep.states or 'none was started'}."
     names = short_names(sweep.varied)
-    settings = ", ".join(f"{names[key]} {_shown(best.params[key])}" for key in names if key in best.params)
+    settings = ", ".join(
+        f"{names[key]} {_shown(best.settings[key])}" for key in names if key in best.settings
+    )
     said = (
         f"**Trial {best.number}** has the best {first.metric} of {len(sweep.done)}, "
         f"**{number(best.values[first.metric])}**" + (f", with {settings}" if settings else "") + "."
@@ -61,8 +63,12 @@ def _figures(sweep: Sweep) -> Iterator[str]:
         yield section("Settings and outcomes", drawn, note)
     if len(sweep.objectives) > 1:
         drawn = show(partial(figures.draw_front, sweep), "trials by two objectives, and their Pareto front")
-        note = "Blue, with the trial's number: no other is better in one objective without being worse in another."
+        note = "Blue, with their numbers: no other is better in one objective without being worse in another."
         yield section("Pareto front", drawn, note)
+    if any(len(trial.reported) > 1 for trial in sweep.trials):
+        drawn = show(partial(figures.draw_reported, sweep), "the first objective while trials train")
+        note = "A line is a trial; the best is drawn thick. Dashed: pruned, failed, or running still."
+        yield section(f"{sweep.objectives[0].metric} while trials train", drawn, note)
     note = (
         "Dots are trials, the line is the best so far; crosses below are trials that failed or were pruned."
     )
@@ -73,19 +79,20 @@ def _table(sweep: Sweep) -> Table:
     ranked = sweep.ranked
     names = short_names(sweep.varied)
     trials = [*ranked, *(trial for trial in sweep.trials if trial not in ranked)]
-    metrics = list(dict.fromkeys(own.metric for own in sweep.objectives))
-    metrics += sorted({metric for trial in trials for metric in trial.values} - set(metrics))
+    metrics = [own.metric for own in sweep.objectives]
     rows = [
         [
             f"{trial.number}\n{_outcome(sweep, trial)}",
             *(number(trial.values[metric]) if metric in trial.values else "" for metric in metrics),
-            *(_shown(trial.params[key]) if key in trial.params else "" for key in sweep.varied),
+            *(_shown(trial.settings[key]) if key in trial.settings else "" for key in sweep.varied),
             "" if trial.seconds is None else duration(trial.seconds),
         ]
         for trial in trials
     ]
     chosen = 0 if ranked else None
-    fixed = {key: value for trial in trials for key, value in trial.params.items() if key not in sweep.varied}
+    fixed = {
+        key: value for trial in trials for key, value in trial.settings.items() if key not in sweep.varied
+    }
     told = "".join(f"{name} is {key}. " for key, name in names.items() if key != name)
     note = (
         "Best first. " + told + "".join(f"{key} is {_shown(value)} in all. " for key, value in fixed.items())
@@ -94,8 +101,10 @@ def _table(sweep: Sweep) -> Table:
 
 
 def _outcome(sweep: Sweep, trial: Trial) -> str:
+    if trial.error:
+        return f"{trial.state}: {trial.error.splitlines()[0][:80]}"
     on_front = len(sweep.objectives) > 1 and trial in sweep.front
-    return trial.in_words + (", on the front" if on_front else "")
+    return trial.state + (", on the front" if on_front else "")
 
 
 def _shown(value: object) -> str:

@@ -23,7 +23,7 @@ from torch import Tensor
 class Moments:
     """Sums over tokens, float64: all that CKA needs of any number of them.
 
-    For M layers of P features and N of Q they hold 8 (M P N Q + M P^2 + N Q^2) bytes; no [n, n] matrix exists.
+    For M layers of P features and N of Q they hold 8 (M P N Q + M P^2 + N Q^2) bytes; nothing is [n, n].
     """
 
     tokens: int = 0
@@ -34,8 +34,10 @@ class Moments:
     xy_MNPQ: Tensor | None = None
 
     def add(self, x: Sequence[Tensor], y: Sequence[Tensor], mask_BS: Tensor) -> None:
-        """Add a batch's tokens: M layers' outputs [B, S, P] of one encoder and N layers' [B, S, Q] of another,
-        any float format; what is not in the mask counts for nothing."""
+        """Add a batch's tokens: M layers' outputs [B, S, P] of one encoder, N layers' [B, S, Q] of another.
+
+        Any float format; what is not in the mask counts for nothing.
+        """
         x_MnP, y_NnQ = (torch.stack([layer[mask_BS] for layer in own]).double() for own in (x, y))
         own = (
             x_MnP.sum(dim=1),
