@@ -15,7 +15,6 @@ import argparse
 import logging
 
 from configs.public import log_publicly, public
-from launcher import run_report, sweep_report
 from launcher.run_record import Record
 from launcher.sweep_record import TRIALS, Sweep
 from sharding.files import write_text
@@ -46,18 +45,32 @@ def main() -> int:
     return 0
 
 
+def at_end(folder: Path) -> bool:
+    """Write the report of a run that has just ended; a failure is a warning, and never costs the run."""
+    try:
+        write_text(folder / REPORT, made(folder))
+    except Exception as error:  # whatever drawing stumbles over: the run is done and exported
+        log.warning("%s could not be written: %s", folder / REPORT, error, exc_info=True)
+        return False
+    return True
+
+
 def made(folder: Path, models: bool = False, rows: int = 0) -> str:
-    """Return the page of a run's or a sweep's folder.
+    """Return the page of a run's or a sweep's folder. What takes seconds to import is imported here.
 
     Raises:
         ValueError: it is neither's, or its models cannot be loaded.
     """
     if (folder / TRIALS).is_file():
+        from launcher import sweep_report
+
         return public(sweep_report.to_html(Sweep.read(folder)))
+    from launcher import run_report
+
     record = Record.read(folder)
     comparisons: list[str] = []
     if models:
-        from launcher import comparison, comparison_figures  # torch and transformers take seconds to import
+        from launcher import comparison, comparison_figures
 
         comparisons = list(comparison_figures.sections(comparison.compare(record, rows)))
     return public(run_report.to_html(record, comparisons))
