@@ -64,6 +64,8 @@ class Table:
     """Row that belongs to the choice."""
     folded: bool = False
     """In HTML, shown when asked for."""
+    words: bool = False
+    """Its cells are words rather than figures: they break into lines."""
 
     def markdown(self) -> str:
         """Return it as Markdown."""
@@ -82,8 +84,9 @@ class Table:
             rows.append(
                 f"<tr{shade}><th scope=row>{name}</th>{''.join(f'<td>{cell}</td>' for cell in cells)}</tr>"
             )
+        kind = " class=words" if self.words else ""
         body = (
-            f"<div class=scroll tabindex=0><table><thead><tr>{head}</tr></thead>"
+            f"<div class=scroll tabindex=0><table{kind}><thead><tr>{head}</tr></thead>"
             f"<tbody>{''.join(rows)}</tbody></table></div>"
         )
         return section(self.title, body, self.note, self.folded)
@@ -140,5 +143,7 @@ th:first-child { text-align: left; position: sticky; left: 0; background: var(--
   min-width: 9rem }
 th + td:last-child:nth-child(2) { white-space: normal; overflow-wrap: anywhere }
 tr.chosen td, tr.chosen th { background: var(--mark) }
+.words td, .words th { text-align: left; white-space: normal; overflow-wrap: anywhere }
+th small { white-space: normal }
 .note { margin: .75rem 0 0; color: var(--soft); font-size: .85rem }
 """

@@ -29,6 +29,8 @@ from launcher.figure import (
 )
 from launcher.run_record import Record, when
 
+MOST_DOTS = 25
+"""Held-out values shown of a line."""
 KINDS = {
     "attention": "attention scores",
     "hidden": "hidden states",
@@ -119,7 +121,8 @@ def _line(axes: Axes, record: Record, student: str, key: str, colour: str) -> li
         "markeredgecolor": PAPER,
         "markeredgewidth": 0.7,
     }
-    axes.plot(*binned(at, heldout, 60), "o:", linewidth=0.9, zorder=3, **dots)
+    some = slice(None, None, -max(1, -(-len(at) // MOST_DOTS)))  # from the last on
+    axes.plot(at[some], heldout[some], "o:", linewidth=0.9, zorder=3, **dots)
     if rows and (not at or rows[-1] >= at[-1]):
         return heldout + values
     return values + heldout
@@ -216,6 +219,7 @@ def draw_scores(record: Record, wide: bool) -> Figure:
                 color=TEACHER_COLOUR,
                 fontsize=8.5,
             )
+        axes.margins(y=0.12)
         series = partial(record.heldout if of_evaluation else record.probed, key)
         _by_student(axes, record, series, name, mark="o-")
     return figure

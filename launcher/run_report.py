@@ -152,16 +152,15 @@ def _starts(record: Record) -> Table:
         ready_s = (life.training - life.start).total_seconds() if life.training else None
         rows.append(
             [
-                f"{number}",
+                f"{number}\n{life.in_words if life.how or number < len(record.lives()) else 'not ended yet'}",
                 f"{life.start:%d %b %Y, %H:%M:%S}",
                 "" if ready_s is None else duration(ready_s),
                 f"{life.first_step:,} to {life.last_step:,}",
                 duration((life.end - life.start).total_seconds()),
                 f"{life.ranks} on {life.host}" if life.ranks else "",
-                life.in_words if life.how or number < len(record.lives()) else "not said",
             ]
         )
-    header = ["start", "at (UTC)", "to the first step", "steps", "lasted", "ranks", "ended"]
+    header = ["start", "at (UTC)", "to the first step", "steps", "lasted", "ranks"]
     return Table("Starts", header, rows, "", folded=len(rows) == 1)
 
 
@@ -174,9 +173,11 @@ def _settings(record: Record) -> Table:
         first, _, rest = key.partition(".")
         known = of_student.get(rest.partition(".")[2]) if first == "students" else default.get(key)
         if value != known:
-            rows.append([key, _shown(value), "" if known in (None, "???") else _shown(known)])
+            default_of = "" if known in (None, "???", []) else f"\ndefault {_shown(known)}"
+            rows.append([key, _shown(value) + default_of])
     note = "config.yaml holds all settings."
-    return Table("Settings that differ from the defaults", ["setting", "value", "default"], rows, note)
+    header = ["setting", "value"]
+    return Table("Settings that differ from the defaults", header, rows, note, words=True)
 
 
 def _origin(record: Record) -> Table:
@@ -187,7 +188,7 @@ def _origin(record: Record) -> Table:
         [f"DeepSpeed, {student}", "ZeRO {}".format(own.get("zero_optimization", {}).get("stage", 0))]
         for student, own in record.deepspeed.items()
     ]
-    return Table("Where it comes from", ["what", "value"], rows, "", folded=True)
+    return Table("Where it comes from", ["what", "value"], rows, "", folded=True, words=True)
 
 
 def _flat(tree: Any, key: str = "") -> Iterator[tuple[str, Any]]:
