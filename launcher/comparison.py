@@ -4,8 +4,8 @@ Models are run in float32, on a CUDA device where there is one.
 """
 
 import logging
-from collections.abc import Iterator
-from dataclasses import dataclass
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -19,7 +19,6 @@ from sharding.stream import Batch, sequential
 from trainer.capture import Head, Need, capture, enable_capture
 from trainer.encoders import load_encoder, load_tokenizer, load_whole_teacher
 from trainer.layer_map import resolve
-from trainer.layout import layout
 from trainer.models import Inputs
 from trainer.similarity import Moments, attention_map
 
@@ -88,7 +87,7 @@ def compare(record: Record, rows: int) -> list[Comparison]:
             moments[name].add(_hidden(student, inputs), of_teacher, inputs.layout.mask_BS)
         done += len(batch.length_B)
         log.info("compared on %d of %d rows", done, rows)
-    samples = list(_samples(corpora))
+    samples = [Inputs.of(row, slice(None), device) for row in _samples(corpora)]
     tokenizer = load_tokenizer(config.teacher)
     found = []
     for settings in (own for own in config.students if own.name in students):
@@ -96,11 +95,11 @@ def compare(record: Record, rows: int) -> list[Comparison]:
         layer_map = resolve(settings.layer_map, settings.layers, teacher.config.num_hidden_layers)
         shown = [
             Sample(
-                tokenizer.convert_ids_to_tokens(ids_S.tolist()),
-                _maps(student, ids_S.to(device), tuple(range(1, settings.layers + 1))),
-                _maps(teacher, ids_S.to(device), layer_map),
+                tokenizer.convert_ids_to_tokens(row.ids_BS[0].tolist()),
+                _maps(student, row, range(1, settings.layers + 1)),
+                _maps(teacher, row, layer_map),
             )
-            for ids_S in samples
+            for row in samples
         ]
         found.append(Comparison(settings.name, layer_map, own.cka().tolist(), own.tokens, shown))
     return found
@@ -132,22 +131,24 @@ def _hidden(encoder: PreTrainedModel, inputs: Inputs) -> list[Tensor]:
     return [state for state in found.hidden if state is not None]
 
 
-def _samples(corpora: Corpora) -> Iterator[Tensor]:
-    """Ids of a few rows' first tokens; where a row goes on, the last one shown is its separator."""
+def _samples(corpora: Corpora) -> Iterator[Batch]:
+    """Yield a few rows' first tokens; where a row goes on, the last one shown is its separator."""
     batch = next(_heldout(corpora, SAMPLES))
-    for ids_S, length in zip(batch.ids_BS[:SAMPLES], batch.length_B.tolist(), strict=False):
-        shown = ids_S[: min(length, SAMPLE_TOKENS)].clone()
+    for row in range(min(SAMPLES, len(batch.length_B))):
+        length = int(batch.length_B[row])
+        ids_BS = batch.ids_BS[row : row + 1, : min(length, SAMPLE_TOKENS)].clone()
         if length > SAMPLE_TOKENS:
-            shown[-1] = corpora.separator
-        yield shown
+            ids_BS[0, -1] = corpora.separator
+        shown_B = torch.tensor([ids_BS.shape[1]])
+        yield replace(batch, ids_BS=ids_BS, length_B=shown_B, segment_B=batch.segment_B[row : row + 1])
 
 
-def _maps(encoder: PreTrainedModel, ids_S: Tensor, layers: tuple[int, ...]) -> list[Tensor]:
-    ids_BS, found = ids_S[None], layout(ids_S[None].cpu(), torch.tensor([len(ids_S)])).to(ids_S.device)
-    seen = capture(encoder, ids_BS, None, torch.zeros_like(ids_BS), need=Need(scores=frozenset(layers)))
+def _maps(encoder: PreTrainedModel, row: Inputs, layers: Sequence[int]) -> list[Tensor]:
+    need = Need(scores=frozenset(layers))
+    seen = capture(encoder, row.ids_BS, row.attention_mask, row.token_type_BS, need=need)
     maps = []
     for layer in layers:
         query, key = seen.queries[layer - 1], seen.keys[layer - 1]
         assert query is not None and key is not None
-        maps.append(attention_map(query, key, seen.scalings[layer - 1], found.mask_BS)[0].cpu())
+        maps.append(attention_map(query, key, seen.scalings[layer - 1], row.layout.mask_BS)[0].cpu())
     return maps

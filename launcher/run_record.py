@@ -5,7 +5,7 @@ A run that was cut off and started again repeats steps, and may have torn a file
 
 import json
 import logging
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from datetime import datetime, timedelta, timezone
 from functools import cached_property
@@ -197,7 +197,8 @@ class Record:
             if event["event"] == "started" or not parts:
                 parts.append([])
             parts[-1].append(event)
-        return [_life(part, following, self.logged) for part, following in _with_next(parts)]
+        following = [*parts[1:], None]
+        return [_life(part, after, self.logged) for part, after in zip(parts, following, strict=False)]
 
     def _of_step(
         self, lines: list[Line], what: str, key: str, student: str
@@ -241,10 +242,6 @@ def _life(events: list[Line], following: list[Line] | None, logged: list[Line]) 
         ranks=events[0].get("ranks", 0),
         host=events[0].get("host", ""),
     )
-
-
-def _with_next(parts: list[list[Line]]) -> Iterator[tuple[list[Line], list[Line] | None]]:
-    return zip(parts, [*parts[1:], None], strict=True)
 
 
 def _read_json(path: Path) -> dict[str, Any]:
