@@ -77,14 +77,13 @@ def draw_attention(found: Comparison, sample: Sample, wide: bool) -> Figure:
     side = min(2.6, (size - 1.2) / columns)
     figure = new(size, side * rows + (0.7 if wide else 1.2))
     grid = figure.subplots(rows, columns, squeeze=False, sharex=True, sharey=True)
-    every = np.concatenate([map_SS.flatten() for map_SS in (*sample.student, *sample.teacher)])
-    norm = PowerNorm(
-        0.6, 0, float(np.quantile(every, 0.97))
-    )  # [CLS] and [SEP] take most, and would hide the rest
+    every = np.concatenate([map_SS.flatten().numpy() for map_SS in (*sample.student, *sample.teacher)])
+    brightest = float(np.quantile(every, 0.97))  # [CLS] and [SEP] take most, and would hide the rest
+    norm = PowerNorm(0.6, 0, brightest)
     for place, layer in enumerate(layers):
         for side_, (name, maps) in enumerate((("student", sample.student), ("teacher", sample.teacher))):
             axes: Axes = grid[side_, place] if wide else grid[place, side_]
-            image = axes.imshow(maps[layer], cmap="viridis", norm=norm, interpolation="none")
+            image = axes.imshow(maps[layer].numpy(), cmap="viridis", norm=norm, interpolation="none")
             number = layer + 1 if name == "student" else found.layer_map[layer]
             axes.set_title(f"{name} {number}", fontsize=8.5)
             axes.grid(False)
