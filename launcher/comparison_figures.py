@@ -12,7 +12,7 @@ from matplotlib.figure import Figure
 from matplotlib.patches import Rectangle
 
 from launcher.comparison import Comparison, Sample
-from launcher.figure import new, show
+from launcher.figure import HEAT, new, show
 from launcher.page import section
 
 MAX_MAPS = 4
@@ -47,13 +47,13 @@ def draw_cka(found: Comparison, wide: bool) -> Figure:
     students, teachers = cka_MN.shape
     figure = new(9.6 if wide else 4.3, 1.0 + (0.42 if wide else 0.3) * students)
     axes = figure.add_subplot()
-    mesh = axes.pcolormesh(cka_MN, cmap="viridis", vmin=0, vmax=1)
+    mesh = axes.pcolormesh(cka_MN, cmap=HEAT, vmin=0, vmax=1)
     axes.grid(False)
     for spine in axes.spines.values():
         spine.set_visible(False)
     size = 8.5 if wide else min(7.0, 90 / teachers)
     for (m, n), value in np.ndenumerate(cka_MN):
-        colour = "#fefefe" if value < 0.6 else "#101010"  # on the cell, whatever the page
+        colour = "#fefefe" if value < 0.5 else "#101010"  # on the cell, whatever the page
         text = f"{value:.2f}".removeprefix("0")
         axes.text(n + 0.5, m + 0.5, text, ha="center", va="center", color=colour, fontsize=size)
     for m, g in enumerate((0, *found.layer_map)):
@@ -83,7 +83,7 @@ def draw_attention(found: Comparison, sample: Sample, wide: bool) -> Figure:
     for place, layer in enumerate(layers):
         for side_, (name, maps) in enumerate((("student", sample.student), ("teacher", sample.teacher))):
             axes: Axes = grid[side_, place] if wide else grid[place, side_]
-            image = axes.imshow(maps[layer].numpy(), cmap="viridis", norm=norm, interpolation="none")
+            image = axes.imshow(maps[layer].numpy(), cmap=HEAT, norm=norm, interpolation="none")
             number = layer + 1 if name == "student" else found.layer_map[layer]
             axes.set_title(f"{name} {number}", fontsize=8.5)
             axes.grid(False)

@@ -1,7 +1,7 @@
 """What all figures share: colours for light and dark pages, drawing wide and narrow, labels beside lines.
 
 Colours of students and parts are those of Okabe and Ito (2008, "Color Universal Design"), which people with
-any common colour vision tell apart; layers have a ramp that grows lighter (viridis).
+any common colour vision tell apart; layers have a ramp that grows lighter (viridis); heat maps have cividis (Nunez et al. 2018).
 """
 
 import io
@@ -21,6 +21,8 @@ INK, SOFT, PALE, GRID, PAPER = "#1b2430", "#5b6775", "#a3aeb9", "#e4e8ec", "#fff
 COLOURS = ("#0072b2", "#d55e00", "#009e73", "#b8578d", "#c98a00", "#2f9fd8", "#7b4fa3", "#8a5a2b")
 """Of students, arms and parts, in their order."""
 TEACHER_COLOUR = "#444c56"
+HEAT = "cividis"
+"""Colour map of heat maps: the same on light and dark pages, so it has none of the colours that change."""
 _RAMP_STEPS = 12
 _RAMP = [to_hex(colormaps["viridis"](0.75 * step / _RAMP_STEPS)) for step in range(_RAMP_STEPS + 1)]
 _ON_DARK = {

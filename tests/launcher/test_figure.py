@@ -1,6 +1,7 @@
 """What figures share: colours that follow the page's, labels that do not meet, points as means."""
 
 import random
+import re
 
 import pytest
 from matplotlib.figure import Figure
@@ -27,6 +28,17 @@ def test_an_svg_has_the_pages_colours_by_day_and_by_night_and_is_the_same_every_
     assert b"prefers-color-scheme:dark" in svg and b"stroke: var(--c0072b2)" in svg
     assert b"--c0072b2:#0072b2" in svg and b"--c0072b2:#4aa8e0" in svg
     assert render(drawn(lines, True), "png").startswith(b"\x89PNG")
+
+
+def test_a_heat_map_is_the_same_by_day_and_by_night() -> None:
+    def heat(wide: bool) -> Figure:
+        figure = new(4.0, 3.0)
+        cells = [[row * 16 + column for column in range(16)] for row in range(16)]
+        figure.add_subplot().pcolormesh(cells, cmap=figures.HEAT)  # all of its 256 colours
+        return figure
+
+    svg = render(drawn(heat, True), "svg").decode()
+    assert len(re.findall("fill: #", svg)) == 256 and "fill: var(" in svg, "of cells, and of text"
 
 
 @pytest.mark.parametrize("wide", [True, False])
