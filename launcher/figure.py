@@ -1,7 +1,8 @@
 """What all figures share: colours for light and dark pages, drawing wide and narrow, labels beside lines.
 
-Colours of students and parts are those of Okabe and Ito (2008, "Color Universal Design"), which people with
-any common colour vision tell apart; layers have a ramp that grows lighter (viridis); heat maps have cividis (Nunez et al. 2018).
+Colours of students and parts are after Okabe and Ito (2008, "Color Universal Design"), whose palette people
+with any common colour vision tell apart. Layers have a ramp that grows lighter (viridis), heat maps cividis
+(Nunez et al. 2018, doi:10.1371/journal.pone.0199239).
 """
 
 import io
