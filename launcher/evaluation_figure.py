@@ -74,7 +74,8 @@ def draw_retention(results: Results, wide: bool) -> Figure:
                 axes.plot(shares, [y] * len(shares), "o", color=PAPER, markeredgecolor=INK, markersize=3)
             axes.annotate(
                 f"{mean:.1f}%",
-                (max([mean + (spread or 0), *shares]), y),
+                (1, y),
+                xycoords=("axes fraction", "data"),
                 xytext=(5, 0),
                 textcoords="offset points",
                 va="center",
@@ -88,7 +89,7 @@ def draw_retention(results: Results, wide: bool) -> Figure:
     axes.set_yticks(range(len(columns)), [column.name for column in columns])
     axes.set_ylim(len(columns) - 0.5, -0.5)
     axes.grid(False, axis="y")
-    axes.margins(x=0.1)
+    axes.margins(x=0.02)
     axes.set_xlabel("kept of the teacher's score, %")
     figure.legend(loc="outside upper left", ncols=4 if wide else 2, frameon=False)
     return figure
