@@ -47,11 +47,14 @@ setup(
         "quantized": ["torchao>=0.15"],  # teacher.quantization
         "s3": ["s3fs"],  # corpora behind the S3 protocol
         "test": [
+            "boto3>=1.34",
+            "Flask-WTF>=1.2",  # passwords of an MLflow server, whose data is in PostgreSQL
             "hypothesis>=6.100",
             "moto[s3,server]>=5",
             "onnx",
             "onnxruntime",
             "onnxscript",
+            "psycopg2-binary>=2.9",
             "pytest>=8",
             "pytest-timeout>=2.3",
             "pytest-xdist>=3.6",

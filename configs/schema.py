@@ -269,10 +269,13 @@ class TrackingConfig:
     """Experiment name: one per project."""
     run_name: str | None = None
     """Name of the run in the UI; not set: the run's ``name``."""
+    under: list[str] = field(default_factory=list)
+    """Runs that this one hangs under, outermost first, by name, such as [wiki-2026, sst2]; found in the
+    experiment or made."""
     tags: dict[str, str] = field(default_factory=dict)
     """Further tags."""
     system_metrics: bool = True
-    """Log CPU, memory, disk, network and GPU use."""
+    """Log CPU, memory, disk, network and GPU use of every node."""
     log_models: bool = True
     """Log the exported students as artifacts."""
 

@@ -32,6 +32,7 @@ def check_run(config: RunConfig) -> list[str]:
     problems += _check_teacher(config.teacher) + _check_checkpoint(config)
     if not _NAME.fullmatch(config.name):
         problems.append(f"name={config.name!r} must be letters, digits, '-', '_' and '.'")
+    problems += _check_under(config.tracking.under)
     for name, count in Counter(student.name for student in config.students).items():
         if count > 1:
             problems.append(f"students: the name {name!r} is used {count} times; give each its own")
@@ -43,6 +44,14 @@ def check_run(config: RunConfig) -> list[str]:
                 "and go between layers"
             )
     return problems
+
+
+def _check_under(under: list[str]) -> list[str]:
+    return [
+        f"tracking.under.{index}={name!r} must be letters, digits, '-', '_' and '.'"
+        for index, name in enumerate(under)
+        if not _NAME.fullmatch(name)
+    ]
 
 
 def check_batch(train: TrainConfig, world_size: int) -> list[str]:
@@ -107,6 +116,7 @@ def check_evaluate(config: EvaluateConfig) -> list[str]:
         ("latency.threads", latency.threads, 1),
         *((f"latency.batch_rows.{number}", rows, 1) for number, rows in enumerate(latency.batch_rows)),
     )
+    problems += _check_under(config.tracking.under)
     if not latency.batch_rows:
         problems.append("latency.batch_rows=[] must hold at least one number of rows")
     if not config.aim > 0:

@@ -32,7 +32,7 @@ from configs.load import ConfigError, load_config
 from configs.public import public
 from configs.schema import RunConfig
 from configs.student_schema import StudentConfig
-from launcher.reporting import by_kind, duration
+from launcher.wording import by_kind, duration
 from sharding.manifest import Corpus, open_corpus
 from trainer import encoders, meeting, models, shapes, world
 from trainer.capture import Captured, Head

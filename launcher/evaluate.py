@@ -158,6 +158,7 @@ def _start_tracking(config: EvaluateConfig, tasks: list[Task]) -> TrackedRun:
         uri=settings.uri,
         default_folder=Path(config.output).parent / "mlflow",
         experiment=settings.experiment,
+        under=settings.under,
         name=settings.run_name or config.name,
         params=flatten(to_dict(config)),
         tags={
@@ -167,13 +168,11 @@ def _start_tracking(config: EvaluateConfig, tasks: list[Task]) -> TrackedRun:
             **settings.tags,
         },
         description="Evaluation of " + ", ".join(task.columns[0].task for task in tasks),
-        system_metrics=False,  # nothing trains
     )
     for task in tasks:
         name, location = task.columns[0].task, task.corpus.store.location
         profile = {column.split: column.rows for column in task.columns}
         tracked.log_dataset(name, task.corpus.fingerprint, location, profile, f"corpus.fingerprint.{name}")
-    log.info("in MLflow: %s", tracked.url)
     return tracked
 
 

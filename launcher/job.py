@@ -25,8 +25,10 @@ from launcher import provenance, report
 from launcher.assembly import build
 from launcher.checks import check, check_memory
 from launcher.facts import facts
-from launcher.reporting import Reporter, Tracked, duration
+from launcher.reporting import Reporter
 from launcher.runfolder import RunFolder
+from launcher.tracked import Tracked
+from launcher.wording import duration
 from sharding.corpora import Corpora
 from sharding.files import write_text
 from trainer import checkpoint as checkpoints
@@ -37,7 +39,8 @@ from trainer.export import export
 from trainer.interruption import Interruption
 from trainer.loop import NonFiniteError, Run, train
 from trainer.profile import Profile
-from trainer.tracking import TrackingError
+from trainer.system_metrics import sample_into
+from trainer.tracking_store import TrackingError
 from trainer.watchdog import Watchdog
 from trainer.world import World
 
@@ -132,6 +135,8 @@ def distil(config: RunConfig, stations: Stations, profile_steps: int | None = No
     except NonFiniteError as error:
         reporter.event("failed", reason=str(error))
         failure = error  # of all ranks alike: none leaves, and has the others ended, before MLflow knows
+        if tracked is not None:
+            tracked.ended = f"failed: {error}"
     except KeyboardInterrupt:
         status = "KILLED"
         raise
@@ -199,23 +204,29 @@ def newest_checkpoint(config: RunConfig, corpora: Corpora) -> Path | None:
 def start_tracking(
     config: RunConfig, place: World, corpora: Corpora, resumed: Checkpoint | None, folder: RunFolder
 ) -> Tracked | None:
-    """Open or continue the MLflow runs, on rank 0 (collective); None elsewhere, and without tracking."""
-    if not config.tracking.enabled:
+    """Open or continue the MLflow runs, on rank 0 (collective); None elsewhere, and without tracking.
+
+    Every node's local rank 0 begins to sample system metrics.
+    """
+    settings = config.tracking
+    if not settings.enabled:
         return None
+    hosts = world.gather_over_ranks(socket.gethostname())
     opened: list[Tracked] = []  # kept out of what ``on_main`` hands to the other ranks
 
     def start() -> None:
-        run_ids = resumed.tracking_run_ids if resumed is not None else folder.tracking_run_ids()
+        run_ids = (resumed.tracking_run_ids if resumed is not None else {}) or folder.tracking_run_ids()
         try:
-            opened.append(Tracked.start(config, corpora, run_ids))
+            opened.append(Tracked.start(config, corpora, folder, run_ids, hosts))
         except TrackingError as error:
             folder.discard_if_new()
             if run_ids:  # it worked before, so it may again
                 raise ConnectionError(f"the run's MLflow runs cannot be continued: {error}") from error
             raise
-        folder.keep_tracking_run_ids(opened[0].run_ids())
 
     world.on_main(place, start)
+    if settings.system_metrics and place.local_rank == 0:
+        sample_into(folder.path / "tracking" / "system" / f"{socket.gethostname()}.jsonl")
     return opened[0] if opened else None
 
 

@@ -2,20 +2,18 @@
 
 import json
 import logging
-import re
 import socket
-import sys
 import time
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 from configs.load import to_dict
-from configs.schema import RunConfig
 from launcher import provenance
 from launcher.run_record import keep_figures
 from launcher.runfolder import RunFolder
-from sharding.corpora import Corpora
+from launcher.tracked import Tracked
+from launcher.wording import by_kind, duration, in_words
 from trainer import checkpoint as checkpoints
 from trainer.checkpoint import Checkpoint, Progress
 from trainer.clock import Stations
@@ -23,8 +21,6 @@ from trainer.encoders import attention_dropout
 from trainer.loop import Run
 from trainer.rollback import roll_back
 from trainer.saving import Saved, Writer
-from trainer.tracking import Run as TrackedRun
-from trainer.tracking import flatten
 from trainer.watchdog import Watchdog
 from trainer.world import on_main, set_timeouts
 
@@ -32,91 +28,6 @@ log = logging.getLogger("distil")
 
 Figures = Mapping[str, dict[str, float]]
 """By student and key."""
-KINDS = ("embedding", "hidden", "cosine", "attention", "relation", "prediction", "logits", "labels")
-
-
-class Tracked:
-    """The MLflow runs of one job: the run itself, and a child per student when there are several."""
-
-    def __init__(self, run: TrackedRun, students: dict[str, TrackedRun]) -> None:
-        self.run = run
-        self.students = students  # by name; of a job with one student the run itself
-        self.failed: set[str] = set()  # students, and "" the run itself
-
-    @classmethod
-    def start(cls, config: RunConfig, corpora: Corpora, run_ids: Mapping[str, str]) -> "Tracked":
-        """Open or continue the runs; ``run_ids`` are those of a checkpoint, empty for a new job.
-
-        Raises:
-            TrackingError: the store cannot be used.
-        """
-        settings = config.tracking
-        common: dict[str, Any] = {
-            "uri": settings.uri,
-            "default_folder": Path(config.output).parent / "mlflow",
-            "experiment": settings.experiment,
-        }
-        tags = {
-            "mlflow.source.name": f"launcher/{Path(sys.argv[0]).name}",
-            "mlflow.source.git.commit": provenance.revision(),
-            "stage": "general",
-            **settings.tags,
-        }
-        run = TrackedRun.start(
-            **common,
-            name=settings.run_name or config.name,
-            run_id=run_ids.get(""),
-            params=flatten(to_dict(config)),
-            tags=tags,
-            description=f"Stage {tags['stage']}: from `{config.teacher.model}`, on "
-            + ", ".join(f"`{corpus.store.location}`" for corpus in corpora.corpora)
-            + ", "
-            + ", ".join(student.name for student in config.students),
-            system_metrics=settings.system_metrics,
-        )
-        for part in corpora.parts:
-            corpus, split = part.corpus, part.corpus.split("train")
-            profile = {"documents": split.documents, "rows": split.rows, "tokens": split.tokens}
-            location = corpus.store.location
-            source = str(Path(location).resolve()) if corpus.store.is_local else location
-            tag = "corpus.fingerprint" + (f".{part.name}" if len(corpora.parts) > 1 else "")
-            run.log_dataset(part.name, corpus.fingerprint, source, profile, tag)
-        if len(config.students) == 1:
-            return cls(run, {config.students[0].name: run})
-        children = {
-            student.name: TrackedRun.start(
-                **common,
-                name=student.name,
-                run_id=run_ids.get(student.name),
-                parent_run_id=run.id,
-                params=flatten(to_dict(student)),
-                tags=tags,
-            )
-            for student in config.students
-        }
-        return cls(run, children)
-
-    def log_file(self, path: Path) -> None:
-        """Queue a text file of the run folder as an artifact; one that is not there or empty is left out."""
-        if path.is_file() and path.stat().st_size:
-            self.run.log_text(path.read_text(encoding="utf-8"), path.name)
-
-    def run_ids(self) -> dict[str, str]:
-        """Return what a checkpoint keeps to continue these runs."""
-        return {"": self.run.id} | {name: child.id for name, child in self.students.items()}
-
-    def fail(self, student: str, reason: str) -> None:
-        """Mark one student's run as failed, and with it the job's."""
-        self.failed |= {student, ""}
-        self.students[student].fail(reason)
-
-    def finish(self, status: str) -> None:
-        """Send what is queued and close all runs, children first; a student that failed stays so."""
-        children = {name: child for name, child in self.students.items() if child is not self.run}
-        for name, run in [*children.items(), ("", self.run)]:
-            lost = run.finish("FAILED" if name in self.failed else status)
-            if lost:
-                log.warning("MLflow did not take %d metric points of run %s", lost, run.id)
 
 
 class Reporter:
@@ -176,7 +87,6 @@ class Reporter:
         if run.teacher_score:
             self.event("teacher", scores={f"score/{name}": own for name, own in run.teacher_score.items()})
         if self.tracked is not None:
-            log.info("in MLflow: %s", self.tracked.run.url)
             for name in ("config.yaml", "deepspeed.json", "origin.json", "changes.diff"):
                 self.tracked.log_file(self.folder / name)
             scores = {f"teacher/{name}": value for name, value in run.teacher_score.items()}
@@ -286,12 +196,15 @@ class Reporter:
         self.event("stopped", reason=reason)
         if self.tracked is not None:
             self.tracked.run.set_tag("stopped", f"{step}: {reason}")
+            self.tracked.ended = f"stopped at {step}: {reason}"
 
     def roll_back(self, name: str, reason: str) -> None:
         """Restore everything from the newest checkpoint (collective), and say so loudly."""
         step = self.run.progress.step
         newest = on_main(self.world, self.newest_checkpoint)
         roll_back(self.run, checkpoints.load(newest, verified=self.world.is_main), name)
+        if self.tracked is not None:  # its steps become others; all other students repeat what they did
+            self.tracked.students[name].log_again(self.run.progress.step)
         scale = self.run.progress.lr_scale[name]
         log.warning(
             "student %s has FAILED: %s. All students go back to step %d; from now on its learning "
@@ -371,36 +284,3 @@ class Reporter:
         )
         taken = {"seconds": round(saved.seconds, 3), "stall_s": round(saved.stall_s, 3)}
         self.run_folder.event("saved", saved.step, **taken)
-
-
-def by_kind(figures: Mapping[str, float], prefix: str) -> str:
-    """Return ``embedding 0.12 hidden 0.34 attention 0.56``: the mean over layers of every kind of loss.
-
-    On several corpora their totals follow: ``; wiki 1.23 books 1.45``.
-    """
-    parts = []
-    for kind in KINDS:
-        values = [value for key, value in figures.items() if key.removeprefix(prefix).split("/")[0] == kind]
-        if values:
-            parts.append(f"{kind} {sum(values) / len(values):.4f}")
-    of_corpus = re.compile(rf"{prefix}corpus/(.+)/total")
-    named = [(found[1], value) for key, value in figures.items() if (found := of_corpus.fullmatch(key))]
-    corpora = " ".join(f"{name} {value:.4f}" for name, value in named)
-    return " ".join(parts) + (f"; {corpora}" if corpora else "")
-
-
-def in_words(scores: Mapping[str, float]) -> str:
-    """Return ``accuracy 0.9124, f1 0.9321``."""
-    return ", ".join(f"{name} {value:.4f}" for name, value in scores.items())
-
-
-def duration(seconds: float) -> str:
-    """Return seconds as ``2d03h``, ``3h07m``, ``4m05s`` or ``6s``."""
-    minutes, s = divmod(round(seconds), 60)
-    hours, m = divmod(minutes, 60)
-    days, h = divmod(hours, 24)
-    if days:
-        return f"{days}d{h:02d}h"
-    if hours:
-        return f"{h}h{m:02d}m"
-    return f"{m}m{s:02d}s" if minutes else f"{s}s"

@@ -1,18 +1,15 @@
 """The folder of a run: who may write there, what happened so far, which MLflow runs it has."""
 
-import fcntl
 import json
 import logging
-import os
 import shutil
-import socket
 import time
 from datetime import datetime, timezone
 from pathlib import Path
 from typing import Any
 
 from configs.public import public
-from sharding.files import write_text
+from sharding.files import lock_holder, try_lock, write_text
 
 log = logging.getLogger("distil")
 
@@ -28,35 +25,19 @@ class RunFolder:
     def claim(self, wait_s: float = CLAIM_WAIT_S) -> None:
         """Make the folder and take its lock, which goes when this process does, however it ends.
 
-        A lock of the kernel, by process (POSIX), not a file that could be left behind: none is ever stale,
-        and reader processes do not inherit it. Where the file system has no locks, a warning is all.
-
         Raises:
             ValueError: another process still holds it after ``wait_s``.
         """
         self.path.mkdir(parents=True, exist_ok=True)
         lock = self.path / ".lock"
-        descriptor = os.open(lock, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o666)
         until_s = time.monotonic() + wait_s
-        while True:
-            try:
-                fcntl.lockf(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-                break
-            except (BlockingIOError, PermissionError):
-                if time.monotonic() >= until_s:
-                    holder = lock.read_text(encoding="utf-8").strip() or "unknown"
-                    raise ValueError(
-                        f"output={self.path} is being written by another job ({holder}); wait for it, end "
-                        "it, or set another output"
-                    ) from None
-                time.sleep(0.2)
-            except OSError as error:
-                log.warning("%s cannot be locked (%s): make sure that only one job writes there", lock, error)
-                break
-        os.truncate(descriptor, 0)
-        job = os.environ.get("SLURM_JOB_ID")
-        named = f"{socket.gethostname()}, pid {os.getpid()}" + (f", Slurm job {job}" if job else "")
-        os.pwrite(descriptor, named.encode(), 0)
+        while try_lock(lock) is None:
+            if time.monotonic() >= until_s:
+                raise ValueError(
+                    f"output={self.path} is being written by another job ({lock_holder(lock)}); wait for it, "
+                    "end it, or set another output"
+                )
+            time.sleep(0.2)
 
     def discard_if_new(self) -> None:
         """Take the folder away if it holds nothing but the lock: a start that is refused leaves no trace."""
@@ -81,5 +62,8 @@ class RunFolder:
             return {}
 
     def keep_tracking_run_ids(self, run_ids: dict[str, str]) -> None:
-        """Keep the ids of the MLflow runs at once: a run killed before its first save continues them too."""
-        write_text(self.path / "mlflow.json", json.dumps(run_ids, indent=1) + "\n")
+        """Keep the ids of the MLflow runs, for people and other commands."""
+        try:
+            write_text(self.path / "mlflow.json", json.dumps(run_ids, indent=1) + "\n")
+        except OSError as error:  # the journal has them too
+            log.warning("%s could not be kept: %s", self.path / "mlflow.json", error)

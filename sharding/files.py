@@ -1,13 +1,18 @@
 """Folders and files that are there whole or not at all, and what a file holds."""
 
 import contextlib
+import fcntl
 import hashlib
+import logging
 import os
 import shutil
+import socket
 import uuid
 from collections.abc import Iterator
 from pathlib import Path
 from typing import BinaryIO
+
+log = logging.getLogger(__name__)
 
 
 @contextlib.contextmanager
@@ -82,6 +87,34 @@ def sync(path: Path) -> None:
         os.fsync(descriptor)
     finally:
         os.close(descriptor)
+
+
+def try_lock(path: Path) -> int | None:
+    """Return the descriptor that holds the lock of ``path`` (made), None while another process holds it.
+
+    A lock of the kernel, by process (POSIX), not a file that could be left behind: it goes when the process
+    does, however it ends, or when the descriptor is closed; none is ever stale, and children do not inherit
+    it. The file names the holder. Where the file system has no locks, a warning is all.
+    """
+    descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o666)
+    try:
+        fcntl.lockf(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except (BlockingIOError, PermissionError):
+        os.close(descriptor)
+        return None
+    except OSError as error:
+        log.warning("%s cannot be locked (%s): make sure that only one process works there", path, error)
+    job = os.environ.get("SLURM_JOB_ID")
+    named = f"{socket.gethostname()}, pid {os.getpid()}" + (f", Slurm job {job}" if job else "")
+    with contextlib.suppress(OSError):  # a full disk costs the name
+        os.truncate(descriptor, 0)
+        os.pwrite(descriptor, named.encode(), 0)
+    return descriptor
+
+
+def lock_holder(path: Path) -> str:
+    """Return what ``try_lock`` wrote about the process that holds, or held last, the lock of ``path``."""
+    return path.read_text(encoding="utf-8").strip() or "unknown"
 
 
 def sha256(path: Path) -> str:

@@ -13,7 +13,12 @@ ROOMS = ["configs", "sharding", "trainer", "launcher"]  # each may import itself
 
 HOMES = {
     "deepspeed": {"trainer/engine.py"},
-    "mlflow": {"trainer/tracking.py", "trainer/registry.py"},
+    "mlflow": {
+        "trainer/delivery.py",
+        "trainer/tracking_store.py",
+        "trainer/system_metrics.py",
+        "trainer/registry.py",
+    },
     "webdataset": {"sharding/shards.py", "sharding/tars.py"},
     "omegaconf": {
         "configs/schema.py",

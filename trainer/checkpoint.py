@@ -52,6 +52,7 @@ class Progress:
     retired: dict[str, str] = field(default_factory=dict)  # students that failed, by name: when and why
     rollbacks: dict[str, int] = field(default_factory=dict)  # by student: how often the run went back for it
     lr_scale: dict[str, float] = field(default_factory=dict)  # by student, where rollbacks lowered it
+    tokens: int = 0  # valid tokens of the rows consumed
 
 
 @dataclass(frozen=True)

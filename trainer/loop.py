@@ -177,6 +177,7 @@ def _train(run: Run, listener: Listener) -> str | None:
         _handle_non_finite(run, listener)
         progress.step += 1
         progress.rows = batch.position
+        progress.tokens += tokens
         run.speed.add(config.train.global_batch_rows, tokens)
         if progress.step == first:
             listener.training(progress)
@@ -294,7 +295,8 @@ def _log(run: Run, listener: Listener) -> None:
 def _position(run: Run) -> dict[str, float]:
     """How far the run has come, over all its rows and in each of several corpora."""
     rows, parts = run.progress.rows, run.corpora.parts
-    found = {"progress/rows": rows, "progress/epoch": rows / run.corpora.rows("train")}
+    found: dict[str, float] = {"progress/rows": rows, "progress/tokens": run.progress.tokens}
+    found["progress/epoch"] = rows / run.corpora.rows("train")
     if len(parts) > 1:
         consumed = run.corpora.mixture(run.config.train.global_batch_rows).consumed(rows).tolist()
         for part, own in zip(parts, consumed, strict=True):

@@ -1,135 +1,150 @@
-"""A bounded queue and the thread that empties it into a store which may be slow, down or gone.
+"""Between training and a store that may be slow, down or gone: a queue, a journal, two threads.
 
-Training puts points (metrics) and calls (anything else to be sent) in and never waits. Only the thread
-takes out, and only what the store has taken or refused for good; the rest is sent again, so sending the
-same thing twice must be harmless.
+Training puts entries in and waits for nothing. One thread writes them to the journal at once, so that a disk
+that hangs holds up this thread alone; the other delivers what the journal holds, so that a server that hangs
+keeps nothing in memory that a killed process would take with it. What the store does not take stays in the
+journal: for the next attempt, the next job in this folder, or ``launcher/track.py sync``.
 """
 
 import logging
 import threading
 import time
 from collections import deque
-from collections.abc import Callable, Iterable
-from functools import partial
-from typing import Generic, TypeVar
+from collections.abc import Callable
+
+from trainer.journal import Entry, Journal, Position
 
 logger = logging.getLogger(__name__)
 
 SEND_EVERY_S = 1.0
 MAX_DOUBLINGS = 5  # of the pause between attempts that fail: at most 32 s
-MAX_BATCH_POINTS = 1000
-MAX_KEPT_POINTS = 100_000  # about 30 MB of metrics; beyond it the oldest are given up
-
-Point = TypeVar("Point")
+MAX_WAITING = 100_000  # entries in memory while the disk hangs; beyond it they are given up
 
 
-class Outbox(Generic[Point]):
-    """Two queues, of points and of calls, and their thread, which ends with ``close`` or the process."""
+class Outbox:
+    """The queue and its threads, which end with ``close`` or the process."""
 
     def __init__(
         self,
-        name: str,
-        send_points: Callable[[list[Point]], object],
-        is_refusal: Callable[[Exception], bool],
-        sample: Callable[[], list[Point]] | None = None,
+        journal: Journal,
+        deliver: Callable[[], object],
+        sample: Callable[[], list[Entry]] = list,
     ) -> None:
-        """Start the thread.
+        """Start the threads.
 
         Args:
-            name: Named in warnings.
-            send_points: Takes up to ``MAX_BATCH_POINTS`` points, or raises.
-            is_refusal: Whether an exception means that the store will never take it.
-            sample: Asked for further points before every send.
+            journal: written here, and delivered while this process holds its lock.
+            deliver: delivers all that the journal holds, or raises.
+            sample: asked for further entries every second.
         """
-        self._name = name
-        self._send_points = send_points
-        self._is_refusal = is_refusal
-        self._sample = sample
-        self._lock = threading.Lock()  # guards the two queues
-        self._points: deque[Point] = deque()
-        self._calls: deque[tuple[str, Callable[[], object]]] = deque()
-        self._lost_points = 0
-        self._lost_calls: list[str] = []
-        self._failures = 0  # in a row
-        self._last_success_s = time.monotonic()
-        self._wait_s = 0.0  # patience once closing
-        self._closing = threading.Event()
-        self._thread = threading.Thread(target=self._work, name=name, daemon=True)
-        self._thread.start()
+        self.journal = journal
+        self._deliver, self._sample = deliver, sample
+        self._queue: deque[Entry] = deque()
+        self._lost = 0
+        self._news, self._closing = threading.Event(), threading.Event()
+        self._written, self._given_up = threading.Event(), threading.Event()
+        self._writer = threading.Thread(target=self._write_all, name="journal", daemon=True)
+        self._deliverer = threading.Thread(target=self._deliver_all, name="tracking", daemon=True)
+        self._writer.start()
+        self._deliverer.start()
 
-    def put(self, points: Iterable[Point]) -> None:
-        """Queue points. They are sent in this order."""
-        with self._lock:
-            self._points.extend(points)
-
-    def call(self, what: str, send: Callable[[], object]) -> None:
-        """Queue a call, named ``what`` in warnings. A call that fails lets the others go first."""
-        with self._lock:
-            self._calls.append((what, send))
+    def put(self, entry: Entry) -> None:
+        """Queue an entry. They are written and delivered in this order."""
+        if len(self._queue) >= MAX_WAITING:
+            self._lost += 1
+        else:
+            self._queue.append(entry)
+            self._news.set()
 
     def close(self, wait_s: float) -> int:
-        """Send what is queued and return the number of points lost.
+        """Deliver what is there, and return how many entries are left in the journal.
 
         Gives up ``wait_s`` after the last thing that the store took, and after ten times that in all.
         """
-        self._wait_s, self._last_success_s = wait_s, time.monotonic()
         self._closing.set()
-        self._thread.join(10 * wait_s)
-        with self._lock:
-            lost_points = self._lost_points + len(self._points)
-            lost_calls = self._lost_calls + [what for what, _ in self._calls]
-        if lost_points or lost_calls:
-            self._warn(f"{lost_points} points were lost; not sent: {', '.join(lost_calls) or 'nothing else'}")
-        return lost_points
+        self._news.set()
+        self._writer.join(wait_s)
+        until_s, seen, seen_s = time.monotonic() + 10 * wait_s, self._progress(), time.monotonic()
+        while self._deliverer.is_alive() and time.monotonic() < min(until_s, seen_s + wait_s):
+            self._deliverer.join(0.05)
+            if self._progress() != seen:
+                seen, seen_s = self._progress(), time.monotonic()
+        self._given_up.set()
+        lost = self._lost + len(self._queue) + len(self.journal.unwritten)
+        if lost:
+            logger.warning("%s did not take %d entries: they are lost", self.journal.folder, lost)
+        if not self._deliverer.is_alive():
+            return 0
+        left = self._count(wait_s)
+        logger.warning(
+            "%s entries are not delivered. They are kept; a job started again in this folder goes on "
+            "delivering, and so does: python launcher/track.py sync %s",
+            left or "some",
+            self.journal.folder,
+        )
+        return left
 
-    def _warn(self, text: str) -> None:
-        logger.warning("%s: %s", self._name, text)
+    def _progress(self) -> list[Position]:
+        return list(self.journal.positions.values())
 
-    def _work(self) -> None:
-        while not self._closing.wait(SEND_EVERY_S * 2 ** min(self._failures, MAX_DOUBLINGS)):
-            self._take_sample()
-            self._drain()
-        while not self._drain() and time.monotonic() < self._last_success_s + self._wait_s:
-            time.sleep(SEND_EVERY_S)
+    def _count(self, wait_s: float) -> int:
+        """What is left; 1 from a disk that does not say so in time."""
+        found = [1]
+        thread = threading.Thread(target=lambda: found.append(len(self.journal.left())), daemon=True)
+        thread.start()
+        thread.join(wait_s)
+        return found[-1]
 
-    def _take_sample(self) -> None:
-        try:
-            if self._sample is not None:
-                self.put(self._sample())
-        except Exception as error:  # it reads drivers of all kinds; not worth a run
-            self._warn(f"no more samples: {error}")
-            self._sample = None
-
-    def _drain(self) -> bool:
-        """Send until nothing is queued (True) or something has to be sent again (False)."""
-        while self._points or self._calls:
-            with self._lock:
-                batch = [self._points[index] for index in range(min(MAX_BATCH_POINTS, len(self._points)))]
-                what, send = ("", partial(self._send_points, batch)) if batch else self._calls[0]
+    def _write_all(self) -> None:
+        failures = 0
+        while True:
+            closing = self._closing.is_set()  # before the queue is emptied: nothing comes after
+            self._news.clear()
+            entries = [self._queue.popleft() for _ in range(len(self._queue))]
             try:
-                send()
-                self._failures, self._last_success_s = 0, time.monotonic()
-            except Exception as error:
-                if not self._is_refusal(error):
-                    self._keep(error)
-                    return False
-                self._warn(f"{what or f'{len(batch)} points'} refused for good: {error}")
-                self._lost_points += len(batch)
-                self._lost_calls += [what] if what else []
-            with self._lock:
-                for _ in batch:
-                    self._points.popleft()
-                if not batch:
-                    self._calls.popleft()
-        return True
+                self.journal.append([*entries, *self._samples()])
+                failures = 0
+                if closing:
+                    self._written.set()
+                    return
+            except OSError as error:
+                if failures == 0:
+                    logger.warning("%s: no room? %s. Training goes on", self.journal.folder, error)
+                failures += 1
+                time.sleep(_pause_s(failures))
+            self._news.wait(SEND_EVERY_S)
 
-    def _keep(self, error: Exception) -> None:
-        """After a failure: say it once, bound the memory, let another call go first next time."""
-        if self._failures == 0:
-            self._warn(f"no answer; training goes on, what is logged is kept and sent again. {error}")
-        self._failures += 1
-        with self._lock:
-            while len(self._points) > MAX_KEPT_POINTS:
-                self._points.popleft()
-                self._lost_points += 1
-            self._calls.rotate(-1)
+    def _samples(self) -> list[Entry]:
+        try:
+            return self._sample()
+        except Exception as error:  # not worth a run
+            logger.warning("no more system metrics: %s", error)
+            self._sample = list
+            return []
+
+    def _deliver_all(self) -> None:
+        failures = 0
+        while not self._given_up.is_set():
+            closing = self._written.wait(_pause_s(failures))
+            try:
+                if not self.journal.lock():
+                    raise ConnectionError(f"{self.journal.folder} is delivered by {self.journal.holder()}")
+                self._deliver()
+                failures = 0
+                if closing:
+                    break
+            except Exception as error:  # every store and driver fails in its own way
+                if failures == 0:
+                    logger.warning(
+                        "tracking has no answer; training goes on, what is logged is kept in %s: %s",
+                        self.journal.folder,
+                        error,
+                    )
+                failures += 1
+                if closing:
+                    self._given_up.wait(SEND_EVERY_S)
+        self.journal.unlock()
+
+
+def _pause_s(failures: int) -> float:
+    return SEND_EVERY_S * 2.0 ** min(failures, MAX_DOUBLINGS)

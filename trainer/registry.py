@@ -20,7 +20,8 @@ from transformers import AutoTokenizer, PreTrainedModel
 
 from configs.public import public
 from trainer.served import load_served
-from trainer.tracking import Run, TrackingError
+from trainer.tracking import Run
+from trainer.tracking_store import TrackingError
 
 ARTIFACTS = "model"
 CARD = "README.md"
@@ -45,6 +46,7 @@ def register(
     Raises:
         TrackingError: the store did not take it.
     """
+    run_id = run.opened()
     client = MlflowClient(run.uri, registry_uri=run.uri)
     with tempfile.TemporaryDirectory() as temporary:
         saved = Path(temporary) / ARTIFACTS
@@ -63,7 +65,7 @@ def register(
         for file in folder.glob("*.onnx"):
             shutil.copy(file, saved / ARTIFACTS)
         try:
-            client.log_artifacts(run.id, str(saved), ARTIFACTS)
+            client.log_artifacts(run_id, str(saved), ARTIFACTS)
             try:
                 client.create_registered_model(name)
             except MlflowException as error:
@@ -71,8 +73,8 @@ def register(
                     raise
             version = client.create_model_version(
                 name,
-                f"{client.get_run(run.id).info.artifact_uri}/{ARTIFACTS}",
-                run.id,
+                f"{client.get_run(run_id).info.artifact_uri}/{ARTIFACTS}",
+                run_id,
                 tags={key: public(value) for key, value in tags.items()},
                 description=public(description),
             )

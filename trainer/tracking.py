@@ -1,54 +1,41 @@
-"""Tracking in MLflow: the only module that knows it.
+"""Tracking as a job sees it: runs that are opened, logged to and finished. ``trainer.delivery`` knows MLflow.
 
-A ``Run`` is one open MLflow run. Opening it is strict: a store that cannot be used is a ``TrackingError``
-within seconds, before anything is trained. From then on nothing it does raises or waits: all goes through
-an ``Outbox``, which keeps what a server that is down did not take and sends it again. A point keeps the
-time at which it was logged, and MLflow stores a point of the same key, step, time and value once, so
-sending again never shows it twice.
-
-MLflow's own asynchronous logging is not used: it drops a batch after one failure, grows without bound and
-waits at exit for as long as a dead server lets it.
+Opening a run is strict about what the store refuses: that is a ``TrackingError`` within seconds, before
+anything is trained. A store that is down is a warning. From then on nothing here raises or waits: all that is
+logged is an entry of a journal on disk (``trainer.journal``), and is delivered from there.
 """
 
 import getpass
-import itertools
 import json
+import logging
 import os
 import re
-import socket
-import sqlite3
+import shutil
+import tempfile
 import time
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import closing
+import uuid
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from enum import Enum
 from pathlib import Path
 from typing import Any
 from urllib.parse import unquote, urlsplit, urlunsplit
 
-from mlflow import MlflowClient
-from mlflow.entities import Dataset, DatasetInput, InputTag, Metric, Param
-from mlflow.entities import Run as StoredRun
-from mlflow.exceptions import MlflowException
-from mlflow.system_metrics.system_metrics_monitor import SystemMetricsMonitor
-from mlflow.utils.credentials import get_default_host_creds
-from mlflow.utils.rest_utils import http_request
-
 from configs.public import public
+from trainer.delivery import MAX_PARAM_CHARS, Delivery
+from trainer.journal import Entry, Journal
 from trainer.outbox import Outbox
+from trainer.tracking_store import artifact_folder, check, page, unusable
 
-REACH_S = 5.0  # how long a host may take to answer at the start
-HTTP_DEFAULTS = {
+logger = logging.getLogger(__name__)
+
+MLFLOW_DEFAULTS = {
     # One call, without these, retries a dead server for four minutes. The outbox does its own retrying.
     "MLFLOW_HTTP_REQUEST_MAX_RETRIES": "0",
     "MLFLOW_HTTP_REQUEST_TIMEOUT": "30",
+    "MLFLOW_SUPPRESS_PRINTING_URL_TO_STDOUT": "true",  # which it would for every run that ends
 }
-MAX_BATCH_PARAMS, MAX_PARAM_CHARS, MAX_KEY_CHARS, MAX_DIGEST_CHARS = 100, 6000, 250, 36  # MLflow's limits
-
-TRAINING_KIND = {"mlflow.experimentKind": "custom_model_development"}  # not GenAI
-
-
-class TrackingError(ValueError):
-    """The tracking store cannot be used as configured; the message says what happened and the way out."""
+UNDELIVERED = "undelivered"  # folder of the journals of runs that have no folder
+MAX_KEY_CHARS = 250  # MLflow's limit
 
 
 def resolve_uri(uri: str | None, default_folder: Path) -> str:
@@ -59,7 +46,7 @@ def resolve_uri(uri: str | None, default_folder: Path) -> str:
     try:
         default_folder.mkdir(parents=True, exist_ok=True)
     except OSError as error:
-        raise _unusable(str(default_folder), error) from error
+        raise unusable(str(default_folder), error) from error
     return f"sqlite:///{default_folder.resolve()}/mlflow.db"
 
 
@@ -93,23 +80,14 @@ def _plain(value: Any) -> str | int | float:
 
 
 class Run:
-    """One open MLflow run, for one rank: ``start`` opens it, ``finish`` closes it. Many can be open."""
+    """One run, for one rank: ``start`` or ``child`` opens it, ``finish`` closes it."""
 
-    def __init__(self, client: MlflowClient, uri: str, stored: StoredRun, system_metrics: bool) -> None:
-        self.id: str = stored.info.run_id
-        self._client = client
+    def __init__(self, name: str, uri: str, outbox: Outbox, description: str, passing: bool) -> None:
         self.uri = uri
-        self._experiment_id = stored.info.experiment_id
-        # Last step the store holds of every metric: a resumed run trains some steps again.
-        self._last_step = {metric.key: metric.step for metric in stored.data.to_proto().metrics}
-        self._outbox: Outbox[Metric] = Outbox(
-            name=f"MLflow run {self.id}",
-            send_points=lambda points: client.log_batch(self.id, metrics=points, synchronous=True),
-            is_refusal=lambda error: (
-                isinstance(error, MlflowException) and error.get_http_status_code() == 400
-            ),
-            sample=_SystemSampler(self.id, uri, self._last_step).due if system_metrics else None,
-        )
+        self._name = name  # within the journal: "" is the job itself
+        self._outbox = outbox
+        self._description = description
+        self._passing = passing  # its journal goes once it is delivered
 
     @classmethod
     def start(
@@ -121,67 +99,118 @@ class Run:
         name: str,
         run_id: str | None = None,
         parent_run_id: str | None = None,
+        under: Sequence[str] = (),
         params: Mapping[str, Any],
         tags: Mapping[str, str],
         description: str = "",
-        system_metrics: bool = False,
+        journal: Path | None = None,
+        opened: Callable[[dict[str, str]], object] = lambda ids: None,
+        sample: Callable[[], list[Entry]] = list,
     ) -> "Run":
-        """Open a new run, or go on with ``run_id``.
+        """Open a new run, or go on with the one that the journal, or ``run_id``, tells of.
 
         Args:
             uri: The store, see ``resolve_uri``.
             default_folder: Holds the SQLite store when nothing else is set, and the artifacts of any store
                 that is no server (those of an SQLite store lie in ``artifacts`` beside its file).
+            run_id: Of a run that was made before the journal was begun.
+            parent_run_id: The run hangs under it, unless ``under`` says more.
+            under: Names of the groups that it hangs under, outermost first.
             params: Flat and resolved (``flatten``). A param of a continued run cannot change in MLflow;
                 a new value becomes the tag ``resumed.<key>``.
             tags: Further tags; MLflow's own names (``mlflow.source.git.commit``) are welcome.
-            system_metrics: Sample CPU, memory, disk, network and GPU of this host into the run.
+            description: What the run is, in Markdown.
+            journal: Folder of the journal; not given: one in ``default_folder`` for this run alone, which
+                goes once all is delivered.
+            opened: Told, by a thread, the MLflow ids of the journal's runs by name, ``""`` being this one.
+            sample: Asked for further entries every second, by a thread; see ``trainer.system_metrics``.
 
         Raises:
-            TrackingError: The store cannot be reached or refuses, or does not hold ``run_id``.
+            TrackingError: The store refuses, or does not hold ``run_id``.
         """
-        uri = _credentials_apart(resolve_uri(uri, default_folder))
-        for variable, value in HTTP_DEFAULTS.items():
-            os.environ.setdefault(variable, value)
-        own_tags = {"mlflow.source.type": "LOCAL", "mlflow.user": _user(), **tags}
-        if description:
-            own_tags["mlflow.note.content"] = description
-        if parent_run_id is not None:
-            own_tags["mlflow.parentRunId"] = parent_run_id
-        try:
-            _reach(uri)
-            client = MlflowClient(tracking_uri=uri)
-            if run_id is None:
-                experiment_id = _experiment_id(client, experiment, _artifact_folder(uri, default_folder))
-                stored = client.create_run(experiment_id, run_name=public(name))
-            else:
-                stored = client.get_run(run_id)
-                client.update_run(run_id, status="RUNNING")
-            _describe(client, stored, params, own_tags)
-        except Exception as error:  # every store and driver fails in its own way
-            raise _unusable(uri, error) from error
-        return cls(client, uri, stored, system_metrics)
+        uri = credentials_apart(resolve_uri(uri, default_folder))
+        silent = check(uri, experiment, run_id)
+        kept = Journal(journal) if journal is not None else _journal_alone(default_folder)
+        if silent is not None:
+            _tell_silent(uri, silent, kept.folder)
+        outbox = Outbox(kept, Delivery(kept, uri, opened).deliver, sample)
+        run = cls("", uri, outbox, description, passing=journal is None)
+        run._open(
+            uri=public(uri),
+            experiment=experiment,
+            artifact_folder=artifact_folder(uri, default_folder),
+            name=public(name),
+            run_id=run_id,
+            parent=None,
+            parent_run_id=parent_run_id,
+            under=list(under),
+            params=params,
+            tags=tags,
+        )
+        return run
+
+    def child(
+        self,
+        name: str,
+        *,
+        run_id: str | None = None,
+        params: Mapping[str, Any],
+        tags: Mapping[str, str],
+    ) -> "Run":
+        """Open, or go on with, a run under this one, in the same journal; ``finish`` it first."""
+        child = Run(name, self.uri, self._outbox, "", passing=False)
+        about = {**self._opening, "name": name, "run_id": run_id, "parent": self._name, "under": []}
+        child._open(**{**about, "params": params, "tags": tags})
+        return child
+
+    def _open(self, **about: Any) -> None:
+        self._opening = about
+        params = {key: str(value) for key, value in about["params"].items()}
+        tags = {"mlflow.source.type": "LOCAL", **{key: public(own) for key, own in about["tags"].items()}}
+        if self._description:
+            tags["mlflow.note.content"] = public(self._description)
+        self._put("open", **{**about, "params": params, "tags": tags, "user": _user()})
+        if any(len(value) > MAX_PARAM_CHARS for value in params.values()):
+            self.log_text(json.dumps(params, indent=1), "params.json")
+
+    def _put(self, kind: str, **facts: Any) -> None:
+        self._outbox.put({"kind": kind, "run": self._name, "at": int(time.time() * 1000), **facts})
+
+    @property
+    def id(self) -> str | None:
+        """Id of the MLflow run, once it is open."""
+        about = self._outbox.journal.state.get("runs", {}).get(self._name)
+        return about and str(about["id"])
+
+    def opened(self, wait_s: float = 30.0) -> str:
+        """Return the id of the MLflow run, which this waits for.
+
+        Raises:
+            TrackingError: the store did not open it in time.
+        """
+        until_s = time.monotonic() + wait_s
+        while self.id is None:
+            if time.monotonic() > until_s:
+                raise unusable(self.uri, f"the run was not open after {wait_s:.0f} s")
+            time.sleep(0.05)
+        return self.id
 
     @property
     def url(self) -> str:
-        """Where a person looks at the run: its page on the server, or the command that shows the store."""
-        uri = public(self.uri)
-        if uri.startswith("http"):
-            page = f"/#/experiments/{self._experiment_id}/runs/{self.id}"
-            return f"{uri.rstrip('/')}{page}?workflowType=machine_learning"  # else MLflow 3 opens on GenAI
-        return f"make ui STORE={uri}"
+        """Where a person looks at the run, as far as it is known by now."""
+        state = self._outbox.journal.state
+        return page(self.uri, state["experiment_id"], self.id) if self.id is not None else public(self.uri)
 
     def log_metrics(self, metrics: Mapping[str, float], step: int) -> None:
-        """Queue one point per metric; ``step`` counts completed optimizer steps. Never waits, never raises.
+        """Log one point per metric; ``step`` counts completed optimizer steps. Never waits, never raises.
 
-        Points at or before the last step that the store held when the run was continued are dropped.
+        Points at or before the highest step that the run has logged are dropped, see ``log_again``.
         """
-        now_ms = int(time.time() * 1000)
-        self._outbox.put(
-            Metric(key, float(value), now_ms, step)
-            for key, value in metrics.items()
-            if key not in self._last_step or step > self._last_step[key]
-        )
+        self._put("metrics", step=step, values={key: float(value) for key, value in metrics.items()})
+
+    def log_again(self, step: int) -> None:
+        """Take points after ``step`` once more: the run went back there, and goes another way."""
+        self._put("again", step=step)
 
     def log_dataset(
         self,
@@ -191,7 +220,7 @@ class Run:
         profile: Mapping[str, int],
         tag: str = "corpus.fingerprint",
     ) -> None:
-        """Queue a corpus as an MLflow dataset of the run.
+        """Log a corpus as an MLflow dataset of the run.
 
         Args:
             fingerprint: Digest of the manifest. MLflow keeps 36 characters of a digest, ``tag`` the whole.
@@ -199,54 +228,75 @@ class Run:
             profile: Counts, such as rows and tokens.
             tag: One of several corpora has a tag of its own.
         """
-        dataset = Dataset(
-            name=name,
-            digest=fingerprint[:MAX_DIGEST_CHARS],
-            source_type="corpus",
-            source=json.dumps({"uri": public(source)}),
-            profile=json.dumps(dict(profile)),
-        )
-        entry = DatasetInput(dataset, [InputTag("mlflow.data.context", "training")])
-
-        def send() -> None:
-            self._client.log_inputs(self.id, [entry])
-            self._client.set_tag(self.id, tag, fingerprint)
-
-        self._outbox.call(f"dataset {name}", send)
+        about = {"name": name, "fingerprint": fingerprint, "source": public(source), "tag": tag}
+        self._put("dataset", **about, profile=dict(profile))
 
     def log_text(self, text: str, path: str) -> None:
-        """Queue a text, without secrets, as the artifact ``path``."""
-        self._outbox.call(path, lambda: self._client.log_text(self.id, public(text), path))
+        """Log a text, without secrets, as the artifact ``path``."""
+        self._put("text", text=public(text), path=path)
 
     def log_artifacts(self, folder: Path, path: str) -> None:
-        """Queue the files of ``folder`` as artifacts under ``path``; leave them in place until ``finish``."""
-        self._outbox.call(path, lambda: self._client.log_artifacts(self.id, str(folder), path))
+        """Log the files of ``folder`` as artifacts under ``path``; leave them in place until delivered."""
+        where = os.path.relpath(folder.resolve(), self._outbox.journal.folder.resolve())
+        self._put("artifacts", folder=where, path=path)
 
     def set_tag(self, key: str, value: str) -> None:
-        """Queue a tag."""
-        self._outbox.call(f"tag {key}", lambda: self._client.set_tag(self.id, key, public(value)))
+        """Log a tag."""
+        self._put("tag", key=key, value=public(value))
 
     def fail(self, reason: str) -> None:
-        """Queue the status FAILED and the tag ``failed``, which says why; the run can still be logged to."""
+        """Log the status FAILED and the tag ``failed``, which says why; the run can still be logged to."""
+        self.set_tag("failed", reason)
+        self._put("status", status="FAILED", outcome=public(f"failed: {reason}"))
 
-        def send() -> None:
-            self._client.set_tag(self.id, "failed", public(reason))
-            self._client.set_terminated(self.id, "FAILED")
+    def finish(self, status: str = "FINISHED", wait_s: float = 30.0, outcome: str = "") -> int:
+        """Close the run, wait until all is delivered, and return how many entries are not.
 
-        self._outbox.call("status FAILED", send)
+        Gives up ``wait_s`` after the last thing that the store took, and after ten times that in all; what is
+        left stays in the journal. A child's entries are delivered, and waited for, with its parent's.
 
-    def finish(self, status: str = "FINISHED", wait_s: float = 30.0) -> int:
-        """Send what is queued, close the run, return the points lost.
-
-        ``status``: FINISHED, FAILED, KILLED or SCHEDULED (it goes on later). Gives up ``wait_s`` after the
-        last thing that the store took, and after ten times that in all.
+        Args:
+            status: FINISHED, FAILED, KILLED or SCHEDULED (it goes on later).
+            wait_s: patience, in seconds.
+            outcome: one line, for the description, and for the group that the run hangs under.
         """
-        self._outbox.call(f"status {status}", lambda: self._client.set_terminated(self.id, status))
-        return self._outbox.close(wait_s)
+        if outcome:
+            note = "\n\n".join(part for part in (self._description, f"**Outcome:** {outcome}") if part)
+            self.set_tag("mlflow.note.content", note)
+        self._put("status", status=status, outcome=public(outcome))
+        if self._opening["parent"] is not None:
+            return 0
+        left = self._outbox.close(wait_s)
+        if self._passing and not left:
+            shutil.rmtree(self._outbox.journal.folder)
+        return left
 
 
-def _credentials_apart(uri: str) -> str:
-    """A server's URI without user and password: MLflow prints it, and takes them from the environment too."""
+def _journal_alone(default_folder: Path) -> Journal:
+    """Return a new journal for a run that has no folder."""
+    try:
+        return Journal(default_folder / UNDELIVERED / uuid.uuid4().hex[:12])
+    except OSError:  # exporting needs to write nothing there
+        return Journal(Path(tempfile.mkdtemp(prefix=UNDELIVERED)))
+
+
+def _tell_silent(uri: str, why: str, folder: Path) -> None:
+    logger.warning(
+        "tracking.uri=%s does not answer: %s. The run starts all the same: what is logged is kept in %s and "
+        "delivered once the server is back",
+        public(uri),
+        why,
+        folder,
+    )
+
+
+def credentials_apart(uri: str) -> str:
+    """Return a server's URI without user and password: MLflow prints it, and knows them from the environment.
+
+    Settings of MLflow's client that were not made are made here too.
+    """
+    for variable, value in MLFLOW_DEFAULTS.items():
+        os.environ.setdefault(variable, value)
     parts = urlsplit(uri)
     if parts.scheme not in ("http", "https") or "@" not in parts.netloc:
         return uri
@@ -260,102 +310,3 @@ def _user() -> str:
         return getpass.getuser()
     except (KeyError, OSError):  # a container's user id may have no name
         return f"uid {os.getuid()}"
-
-
-def _unusable(uri: str, happened: object) -> TrackingError:
-    return TrackingError(
-        f"tracking.uri={public(uri)} cannot be used: {public(str(happened))}. Start the server or correct "
-        "the URI; or track into a local file (tracking.uri=sqlite:////path/to/mlflow.db), or not at all "
-        "(tracking.enabled=false)"
-    )
-
-
-def _reach(uri: str) -> None:
-    """Raise unless the host, or the SQLite file, behind ``uri`` answers within ``REACH_S``.
-
-    MLflow would retry a database that it cannot open for a minute and a half.
-    """
-    parts = urlsplit(uri)
-    if parts.scheme in ("http", "https"):
-        http_request(
-            get_default_host_creds(uri),
-            "/health",
-            "GET",
-            max_retries=0,
-            timeout=REACH_S,
-            raise_on_status=False,
-        )
-    elif parts.scheme == "sqlite":
-        file = Path(parts.path.removeprefix("/"))
-        file.parent.mkdir(parents=True, exist_ok=True)
-        with closing(sqlite3.connect(file, timeout=REACH_S)) as connection:
-            connection.execute("BEGIN IMMEDIATE")  # fails now if this is no database or cannot be written
-    elif parts.hostname and parts.port:
-        socket.create_connection((parts.hostname, parts.port), timeout=REACH_S).close()
-
-
-def _artifact_folder(uri: str, default_folder: Path) -> str | None:
-    """Where a store that is no server keeps artifacts; MLflow's own default is the working folder."""
-    parts = urlsplit(uri)
-    if parts.scheme in ("http", "https") or parts.scheme.startswith("databricks"):
-        return None
-    folder = Path(parts.path.removeprefix("/")).parent if parts.scheme == "sqlite" else default_folder
-    return (folder.resolve() / "artifacts").as_uri()
-
-
-def _experiment_id(client: MlflowClient, name: str, artifact_folder: str | None) -> str:
-    found = client.get_experiment_by_name(name)
-    if found is None:
-        try:
-            return client.create_experiment(name, artifact_location=artifact_folder, tags=TRAINING_KIND)
-        except MlflowException:
-            found = client.get_experiment_by_name(name)  # another job may have made it meanwhile
-            if found is None:
-                raise
-    return found.experiment_id
-
-
-def _describe(
-    client: MlflowClient, stored: StoredRun, params: Mapping[str, Any], tags: Mapping[str, str]
-) -> None:
-    """Write params and tags; params that do not fit are cut, and all go whole into ``params.json``."""
-    values = {key: str(value) for key, value in params.items()}
-    known = stored.data.params
-    new = [Param(key, value[:MAX_PARAM_CHARS]) for key, value in values.items() if key not in known]
-    changed = {
-        f"resumed.{key}": value
-        for key, value in values.items()
-        if key in known and known[key] != value[:MAX_PARAM_CHARS]
-    }
-    for start in range(0, len(new), MAX_BATCH_PARAMS):
-        client.log_batch(stored.info.run_id, params=new[start : start + MAX_BATCH_PARAMS], synchronous=True)
-    for key, value in {**tags, **changed}.items():
-        client.set_tag(stored.info.run_id, key, public(value))
-    if any(len(value) > MAX_PARAM_CHARS for value in values.values()):
-        client.log_text(stored.info.run_id, json.dumps(values, indent=1), "params.json")
-
-
-class _SystemSampler:
-    """MLflow's system metrics as points of our own queue: its own thread stops at the first lost call."""
-
-    def __init__(self, run_id: str, uri: str, last_step: Mapping[str, int]) -> None:
-        self._monitor = SystemMetricsMonitor(run_id, tracking_uri=uri)
-        taken = [step + 1 for key, step in last_step.items() if key.startswith("system/")]
-        self._steps = itertools.count(max(taken, default=0))  # samples before this one, over all restarts
-        self._monitor.collect_metrics()  # CPU use is measured since the sample before; the first is void
-        self._clear()
-
-    def due(self) -> list[Metric]:
-        """The points of one sample when it is time for one, else none."""
-        if time.monotonic() < self._due_s:
-            return []
-        self._monitor.collect_metrics()
-        values = self._monitor.aggregate_metrics()
-        self._clear()
-        now_ms, step = int(time.time() * 1000), next(self._steps)
-        return [Metric(f"system/{key}", value, now_ms, step) for key, value in values.items()]
-
-    def _clear(self) -> None:
-        for monitor in self._monitor.monitors:
-            monitor.clear_metrics()
-        self._due_s = time.monotonic() + self._monitor.sampling_interval

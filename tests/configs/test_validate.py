@@ -58,6 +58,7 @@ RULES = [
     ("name", "a/b", "name='a/b' must be letters, digits"),
     ("name", ".hidden", "name='.hidden' must be letters"),
     ("name", "", "name='' must be letters"),
+    ("tracking.under", ["wiki", "a / b"], "tracking.under.1='a / b' must be letters, digits"),
     ("train.global_batch_rows", 0, "train.global_batch_rows=0 must be at least 1"),
     (
         "train.global_batch_rows",

@@ -150,7 +150,7 @@ def test_everything_wrong_with_teacher_corpus_and_ranks_is_reported_at_once(
     [
         (["trian.steps=3"], "unknown key trian; did you mean train"),
         (["data.corpus=nowhere"], "nowhere/manifest.json does not exist"),
-        (["tracking.enabled=true", "tracking.uri=http://127.0.0.1:9"], "tracking.uri=http://127.0.0.1:9"),
+        (["tracking.enabled=true", "tracking.uri=ftp://127.0.0.1:9"], "tracking.uri=ftp://127.0.0.1:9"),
         (["teacher.sha256=00"], "does not match"),
     ],
 )

@@ -1,8 +1,42 @@
 """What people read."""
 
-import pytest
+import json
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
-from launcher.reporting import by_kind, duration
+import pytest
+import torch
+
+from configs.load import load_config
+from configs.schema import RunConfig
+from launcher.reporting import Reporter
+from launcher.runfolder import RunFolder
+from launcher.wording import by_kind, duration
+from tests.launcher.conftest import written
+from trainer.checkpoint import CheckpointError, Progress
+from trainer.clock import Stations
+from trainer.watchdog import Watchdog
+from trainer.world import World
+
+
+def test_what_happens_is_kept_in_the_run_folder(run_config: dict[str, Any]) -> None:
+    config = load_config(RunConfig, written(run_config), [])
+    folder, place = RunFolder(Path(config.output)), World(0, 1, 0, 1, torch.device("cpu"))
+    folder.claim()
+    run: Any = SimpleNamespace(config=config, world=place, progress=Progress(step=3), total_steps=6)
+    watchdog = Watchdog(place, 60.0)
+    reporter = Reporter(run, None, folder, Stations(), watchdog)
+    reporter.evaluated(run.progress, {"small": {"total": 1.5, "embedding": 1.5}})
+    reporter.stopped("SIGTERM at rank 0")
+    watchdog.close()
+    (line,) = (folder.path / "evaluations.jsonl").read_text().splitlines()
+    expected = {"step": 3, "student": "small", "losses": {"total": 1.5, "embedding": 1.5}}
+    assert json.loads(line) == expected and reporter.heldout == (3, {"small": 1.5})
+    (event,) = (folder.path / "events.jsonl").read_text().splitlines()
+    assert json.loads(event)["reason"] == "SIGTERM at rank 0"
+    with pytest.raises(CheckpointError, match="no checkpoint to go back to"):
+        reporter.newest_checkpoint()
 
 
 @pytest.mark.parametrize(

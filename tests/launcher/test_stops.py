@@ -133,6 +133,13 @@ def test_a_run_rolled_back_ends_well_and_harms_no_other_student(
     assert (
         runs["wild"].metrics["optimizer/rollbacks"] == 1 and runs["small"].metrics["optimizer/rollbacks"] == 0
     )
+    ids = {run.info.run_name: run.info.run_id for run in client.search_runs([experiment.experiment_id])}
+    steps = {
+        name: sorted(point.step for point in client.get_metric_history(ids[name], "loss/total"))
+        for name in ("wild", "small")
+    }
+    assert steps["wild"] == [1, 1, 2, 3, 4, 5, 6], "it goes another way from step 0 on"
+    assert steps["small"] == [1, 2, 3, 4, 5, 6]
 
 
 def test_an_elastic_run_learns_the_same_on_any_number_of_ranks(
@@ -158,14 +165,15 @@ def test_an_elastic_run_learns_the_same_on_any_number_of_ranks(
         assert found["losses"] == pytest.approx(expected["losses"], rel=2e-4)
 
 
-def test_a_tracking_store_that_is_gone_ends_a_new_run_for_good_and_a_resumed_one_for_now(
+def test_a_tracking_store_that_refuses_ends_a_new_run_for_good_and_a_resumed_one_for_now(
     run_config: dict[str, Any], general: Launch, tmp_path: Path
 ) -> None:
-    run_config["tracking"] = {"enabled": True, "uri": "http://127.0.0.1:9", "system_metrics": False}
+    run_config["tracking"] = {"enabled": True, "uri": "ftp://127.0.0.1:9", "system_metrics": False}
     done = general(run_config)
-    assert done.returncode == exits.WRONG and "tracking.uri=http://127.0.0.1:9 cannot be used" in done.stderr
+    assert done.returncode == exits.WRONG and "tracking.uri=ftp://127.0.0.1:9 cannot be used" in done.stderr
+    assert not Path(run_config["output"]).exists(), "it leaves no trace"
     uri = f"tracking.uri=sqlite:///{tmp_path}/mlflow.db"
     assert general(run_config, uri, "train.max_hours=1e-6").returncode == exits.STOPPED
     done = general(run_config, ranks=2, by="deepspeed")
     assert done.returncode == exits.LOST, done.stderr
-    assert done.stderr.count("the run's MLflow runs cannot be continued: tracking.uri=http") == 1
+    assert done.stderr.count("the run's MLflow runs cannot be continued: tracking.uri=ftp") == 1

@@ -1,28 +1,36 @@
-"""The outbox against a store that fails on command: order, once, bounds, and an end in any case."""
+"""The outbox over a real journal, against a store that fails on command."""
 
+import errno
 import logging
+import os
 import threading
 import time
+from pathlib import Path
 
 import pytest
 
+from tests.conftest import small_disk
 from trainer import outbox
+from trainer.journal import MAIN, Entry, Journal
 from trainer.outbox import Outbox
 
 
 class Store:
-    """Takes points and calls while ``error`` is None, raises it otherwise."""
+    """Takes what the journal holds while ``error`` is None, raises it otherwise."""
 
-    def __init__(self) -> None:
-        self.points: list[int] = []
+    def __init__(self, journal: Journal) -> None:
+        self.journal = journal
+        self.steps: list[int] = []
         self.error: Exception | None = None
         self.attempted = threading.Event()
 
-    def take(self, points: list[int]) -> None:
+    def deliver(self) -> None:
         self.attempted.set()
         if self.error is not None:
             raise self.error
-        self.points += points
+        for entry, position in self.journal.read(MAIN, 10**6):
+            self.steps += [entry["step"]] if entry["kind"] == "metrics" else []
+            self.journal.advance(MAIN, position)
 
 
 @pytest.fixture(autouse=True)
@@ -30,91 +38,101 @@ def _fast(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(outbox, "SEND_EVERY_S", 0.01)
 
 
-def open_outbox(store: Store) -> Outbox[int]:
-    return Outbox("run", store.take, is_refusal=lambda error: isinstance(error, KeyError))
+def point(step: int) -> Entry:
+    return {"kind": "metrics", "run": "", "at": 0, "step": step, "values": {"loss": 1.0}}
 
 
-def test_points_arrive_once_and_in_order_over_many_batches() -> None:
-    store = Store()
-    box = open_outbox(store)
-    for start in range(0, 5000, 7):
-        box.put(range(start, min(start + 7, 5000)))
-    assert box.close(wait_s=10) == 0
-    assert store.points == list(range(5000))
-
-
-def test_what_a_dead_store_missed_arrives_when_it_is_back(caplog: pytest.LogCaptureFixture) -> None:
-    store, texts = Store(), []
+def test_what_a_dead_store_missed_arrives_in_order_when_it_is_back(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    store = Store(Journal(tmp_path))
     store.error = ConnectionError("down")
-    box = open_outbox(store)
+    box = Outbox(store.journal, store.deliver)
     with caplog.at_level(logging.WARNING):
-        box.put(range(10))
-        box.call("text", lambda: texts.append("hello"))
+        for step in range(5000):
+            box.put(point(step))
         assert store.attempted.wait(10)
+        time.sleep(0.1)  # further attempts fail, and are not worth a line each
         store.error = None
         assert box.close(wait_s=10) == 0
-    assert (store.points, texts) == (list(range(10)), ["hello"])
-    assert [record.message for record in caplog.records].count(
-        "run: no answer; training goes on, what is logged is kept and sent again. down"
-    ) == 1
+    assert store.steps == list(range(5000))
+    assert caplog.text.count("no answer; training goes on") == 1
 
 
-def test_beyond_its_bound_the_oldest_points_are_given_up_and_counted(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(outbox, "MAX_KEPT_POINTS", 100)
-    store = Store()
+def test_close_gives_up_on_a_dead_store_and_the_next_job_delivers(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    store = Store(Journal(tmp_path))
     store.error = ConnectionError("down")
-    box = open_outbox(store)
-    box.put(range(250))
-    assert store.attempted.wait(10)
-    while len(box._points) > 100:  # the thread trims right after the failed attempt
-        time.sleep(0.01)
-    store.error = None
-    assert box.close(wait_s=10) == 150
-    assert store.points == list(range(150, 250))
-
-
-def test_what_the_store_refuses_for_good_does_not_hold_up_the_rest(caplog: pytest.LogCaptureFixture) -> None:
-    store, done = Store(), []
-
-    def refuse() -> None:
-        raise KeyError("no such artifact")
-
-    box = open_outbox(store)
-    box.call("bad text", refuse)
-    box.call("good text", lambda: done.append(True))
-    box.put([1, 2])
+    box = Outbox(store.journal, store.deliver)
+    for step in range(3):
+        box.put(point(step))
     with caplog.at_level(logging.WARNING):
-        assert box.close(wait_s=10) == 0
-    assert (store.points, done) == ([1, 2], [True])
-    assert "not sent: bad text" in caplog.text
+        assert box.close(wait_s=0.2) == 3
+    assert "3 entries are not delivered. They are kept; a job started again" in caplog.text
+    assert f"python launcher/track.py sync {tmp_path}" in caplog.text
+
+    again = Store(Journal(tmp_path))
+    box = Outbox(again.journal, again.deliver)
+    for step in (1, 2, 3):  # the first two are trained once more
+        box.put(point(step))
+    assert box.close(wait_s=10) == 0
+    assert again.steps == [0, 1, 2, 3]
 
 
-def test_close_gives_up_on_a_dead_store_and_says_what_was_lost(caplog: pytest.LogCaptureFixture) -> None:
-    store = Store()
-    store.error = ConnectionError("down")
-    box = open_outbox(store)
-    box.put(range(3))
-    box.call("student", lambda: store.take([]))
+def test_neither_a_store_nor_a_disk_that_hangs_holds_anybody_up(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    release = threading.Event()
+    journal = Journal(tmp_path / "store")
+    box = Outbox(journal, release.wait)
+    box.put(point(1))
+    assert box.close(wait_s=0.2) == 1 and len(Journal(tmp_path / "store").left()) == 1
+
+    really = os.fsync
+    monkeypatch.setattr(os, "fsync", lambda file: release.wait() and really(file))
+    store = Store(Journal(tmp_path / "disk"))
+    box = Outbox(store.journal, store.deliver)
+    for step in range(2000):  # the thread hangs in the first
+        box.put(point(step))
     with caplog.at_level(logging.WARNING):
-        assert box.close(wait_s=0.1) == 3
-    assert "3 points were lost; not sent: student" in caplog.text
-
-
-def test_close_leaves_a_call_that_hangs() -> None:
-    store, release = Store(), threading.Event()
-    box = open_outbox(store)
-    box.call("hangs", release.wait)
-    assert box.close(wait_s=0.05) == 0  # returning at all is the point
+        box.close(wait_s=0.2)  # returning at all is the point
+    assert "entries: they are lost" in caplog.text
     release.set()
 
 
-def test_a_failing_sample_ends_the_samples_and_nothing_else() -> None:
-    store = Store()
+def test_a_full_disk_costs_nothing_once_there_is_room(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    with small_disk(tmp_path / "disk", 16 * 4096) as disk:
+        store = Store(Journal(disk / "tracking"))
+        filler = disk / "filler"
+        box = Outbox(store.journal, store.deliver)
+        store.error = ConnectionError("down")  # so that nothing delivered makes room
+        box.put(point(0))
+        while not store.journal.left():
+            time.sleep(0.01)
+        with pytest.raises(OSError, match=os.strerror(errno.ENOSPC)), filler.open("wb") as file:
+            while True:
+                file.write(bytes(4096))
+                file.flush()
+        with caplog.at_level(logging.WARNING):
+            for step in range(1, 200):
+                box.put(point(step))
+            while "Training goes on" not in caplog.text:
+                time.sleep(0.01)
+            filler.unlink()
+            store.error = None
+            assert box.close(wait_s=10) == 0
+        assert list(dict.fromkeys(store.steps)) == list(range(200))  # some twice: harmless, they are the same
 
-    def sample() -> list[int]:
+
+def test_a_failing_sample_ends_the_samples_and_nothing_else(tmp_path: Path) -> None:
+    def sample() -> list[Entry]:
         raise OSError("driver gone")
 
-    box = Outbox("run", store.take, is_refusal=lambda error: False, sample=sample)
-    box.put([1])
+    store = Store(Journal(tmp_path))
+    box = Outbox(store.journal, store.deliver, sample)
+    box.put(point(1))
     assert box.close(wait_s=10) == 0
-    assert store.points == [1]
+    assert store.steps == [1]

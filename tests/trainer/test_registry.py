@@ -12,9 +12,11 @@ from huggingface_hub import ModelCard
 from mlflow import MlflowClient
 from transformers import AutoTokenizer, BertConfig, BertForSequenceClassification
 
-from tests.trainer.test_tracking import Server, start
+from tests.trainer.mlflow_server import Server
+from tests.trainer.test_tracking import start
 from trainer.registry import load_registered, register
-from trainer.tracking import Run, TrackingError
+from trainer.tracking import Run
+from trainer.tracking_store import TrackingError
 
 TEXTS = ["ba de fi", "go kula lala mimi, no pe"]
 

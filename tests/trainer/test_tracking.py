@@ -4,15 +4,10 @@ import base64
 import json
 import logging
 import math
-import os
-import signal
+import shutil
 import socket
-import subprocess
-import sys
 import threading
-import time
-import urllib.request
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from http.server import BaseHTTPRequestHandler, HTTPServer
 from pathlib import Path
 from typing import Any
@@ -21,57 +16,18 @@ import pytest
 from mlflow import MlflowClient
 
 from configs.schema import Precision
-from trainer import outbox, tracking
-from trainer.tracking import Run, TrackingError, flatten, resolve_uri
+from tests.trainer.mlflow_server import Server
+from trainer import delivery, outbox, tracking_store
+from trainer.journal import Journal
+from trainer.tracking import Run, flatten, resolve_uri
+from trainer.tracking_store import TrackingError
 
 
 @pytest.fixture(autouse=True)
 def _environment(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv("MLFLOW_TRACKING_URI", raising=False)
     monkeypatch.setattr(outbox, "SEND_EVERY_S", 0.2)
-
-
-class Server:
-    """``mlflow server`` on a free loopback port, in a process group of its own."""
-
-    def __init__(self, folder: Path) -> None:
-        self._folder = folder
-        with socket.socket() as probe:
-            probe.bind(("127.0.0.1", 0))
-            self._port = probe.getsockname()[1]
-        self.uri = f"http://127.0.0.1:{self._port}"
-        self._process: subprocess.Popen[bytes] | None = None
-
-    def start(self) -> None:
-        command = [sys.executable, "-m", "mlflow", "server", "--host", "127.0.0.1", "--port", str(self._port)]
-        command += ["--backend-store-uri", f"sqlite:///{self._folder}/server.db", "--workers", "1"]
-        command += ["--artifacts-destination", str(self._folder / "artifacts")]
-        environment = {**os.environ, "MLFLOW_SERVER_ENABLE_JOB_EXECUTION": "false"}
-        with (self._folder / "server.log").open("ab") as log:
-            self._process = subprocess.Popen(
-                command, cwd=self._folder, env=environment, stdout=log, stderr=log, start_new_session=True
-            )
-        wait_for(self._answers, "the server to answer")
-
-    def _answers(self) -> bool:
-        assert self._process is not None and self._process.poll() is None, "the server ended"
-        try:
-            return urllib.request.urlopen(f"{self.uri}/health", timeout=5).status == 200
-        except OSError:
-            return False
-
-    def kill(self) -> None:
-        if self._process is not None:
-            os.killpg(self._process.pid, signal.SIGKILL)
-            self._process.wait()
-            self._process = None
-
-
-def wait_for(holds: Callable[[], bool], what: str) -> None:
-    deadline = time.monotonic() + 120  # against a hang, not a measurement
-    while not holds():
-        assert time.monotonic() < deadline, f"waited in vain for {what}"
-        time.sleep(0.1)
+    monkeypatch.setattr(delivery, "SETTLE_S", 0.2)
 
 
 @pytest.fixture(scope="module")
@@ -94,8 +50,9 @@ def start(uri: str | None, folder: Path, **changes: Any) -> Run:
     return Run.start(uri=uri, default_folder=folder, **{**settings, **changes})
 
 
-def points(uri: str, run_id: str, key: str) -> list[tuple[int, float]]:
+def points(uri: str, run_id: str | None, key: str) -> list[tuple[int, float]]:
     """(step, value) of every stored point, in the order of the steps."""
+    assert run_id is not None
     history = MlflowClient(uri).get_metric_history(run_id, key)
     return sorted((metric.step, metric.value) for metric in history)
 
@@ -107,24 +64,37 @@ def test_all_that_is_logged_is_read_back(uri: str, tmp_path: Path) -> None:
     exported.mkdir()
     (exported / "config.json").write_text("{}")
 
-    parent = start(uri, tmp_path, name="pipeline", params=params, tags={"mlflow.source.git.commit": "abc"})
-    child = start(uri, tmp_path, name="student", parent_run_id=parent.id, description="4x312")
+    parent = start(
+        uri,
+        tmp_path,
+        name="pipeline",
+        params=params,
+        tags={"mlflow.source.git.commit": "abc"},
+        description="All",
+    )
+    child = parent.child("student", params={"layers": 4}, tags={"kind": "4x312"})
     for step in range(1, 31):
         parent.log_metrics({"speed/rows_per_s": step * 10.0}, step)
         child.log_metrics({"loss/attention/2": 1 / step, "loss/hidden/1": math.nan}, step)
     parent.log_dataset("wikipedia", fingerprint, "s3://me:secret@host/corpus", {"rows": 7, "tokens": 900})
     child.log_text("hello", "notes/a.txt")
     child.log_artifacts(exported, "student")
-    assert child.finish() == 0
-    assert parent.finish("KILLED") == 0
+    child.fail("as told")
+    child.finish("FAILED")
+    assert parent.finish("KILLED", outcome="interrupted") == 0
+    assert parent.id is not None and child.id is not None
+    assert not list((tmp_path / "undelivered").iterdir()), "a journal of a run alone goes"
 
     client = MlflowClient(uri)
     stored, stored_child = client.get_run(parent.id), client.get_run(child.id)
     assert stored.data.params == params
-    assert (stored.info.status, stored_child.info.status) == ("KILLED", "FINISHED")
+    assert (stored.info.status, stored_child.info.status) == ("KILLED", "FAILED")
     assert stored.data.tags["mlflow.source.git.commit"] == "abc"
     assert stored_child.data.tags["mlflow.parentRunId"] == parent.id
-    assert stored_child.data.tags["mlflow.note.content"] == "4x312"
+    assert (stored_child.data.tags["kind"], stored_child.data.params) == ("4x312", {"layers": "4"})
+    assert stored_child.data.tags["failed"] == "as told"
+    assert stored.data.tags["mlflow.note.content"] == "All\n\n**Outcome:** interrupted"
+    assert stored.info.start_time <= stored_child.info.start_time <= stored.info.end_time
     assert points(uri, parent.id, "speed/rows_per_s") == [(step, step * 10.0) for step in range(1, 31)]
     assert points(uri, child.id, "loss/attention/2") == [(step, 1 / step) for step in range(1, 31)]
     assert math.isnan(stored_child.data.metrics["loss/hidden/1"])
@@ -138,15 +108,20 @@ def test_all_that_is_logged_is_read_back(uri: str, tmp_path: Path) -> None:
     assert (fetched / "student" / "config.json").read_text() == "{}"
 
 
-def test_a_resumed_run_shows_replayed_steps_once(uri: str, tmp_path: Path) -> None:
-    run = start(uri, tmp_path, params={"train.steps": 10, "seed": 1})
+@pytest.mark.parametrize("journal", ["kept", "gone"])
+def test_a_resumed_run_shows_replayed_steps_once(uri: str, tmp_path: Path, journal: str) -> None:
+    folder = tmp_path / "tracking"
+    run = start(uri, tmp_path, params={"train.steps": 10, "seed": 1}, journal=folder)
     for step in range(11):
         run.log_metrics({"loss": step / 8}, step)
     run.log_metrics({"heldout/loss": 5.0}, 5)
     run.log_dataset("wikipedia", "f" * 64, "corpus", {"rows": 7})
     run.finish("FAILED")
 
-    again = start(uri, tmp_path, run_id=run.id, params={"train.steps": 20, "seed": 1, "more": 2})
+    if journal == "gone":
+        shutil.rmtree(folder)
+    params = {"train.steps": 20, "seed": 1, "more": 2}
+    again = start(uri, tmp_path, run_id=run.id, params=params, journal=folder)
     for step in range(3, 21):  # from the checkpoint of step 2
         again.log_metrics({"loss": step / 8}, step)
         if step % 5 == 0:
@@ -154,8 +129,9 @@ def test_a_resumed_run_shows_replayed_steps_once(uri: str, tmp_path: Path) -> No
     again.log_dataset("wikipedia", "f" * 64, "corpus", {"rows": 7})
     assert again.finish() == 0
 
+    assert again.id == run.id is not None
     stored = MlflowClient(uri).get_run(run.id)
-    assert again.id == run.id and stored.info.status == "FINISHED"
+    assert stored.info.status == "FINISHED"
     assert points(uri, run.id, "loss") == [(step, step / 8) for step in range(21)]
     assert points(uri, run.id, "heldout/loss") == [(step, float(step)) for step in (5, 10, 15, 20)]
     assert stored.data.params == {"train.steps": "10", "seed": "1", "more": "2"}
@@ -163,60 +139,64 @@ def test_a_resumed_run_shows_replayed_steps_once(uri: str, tmp_path: Path) -> No
     assert len(stored.inputs.dataset_inputs) == 1
 
 
-def test_a_killed_server_stops_nothing_and_gets_everything_once(
+def test_what_is_refused_is_left_out_by_name_and_holds_nothing_up(
     server: Server, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
-    run = start(server.uri, tmp_path, tags={})
-    with caplog.at_level(logging.WARNING, logger="trainer.outbox"):
-        for step in range(1, 6):
-            run.log_metrics({"loss": 1 / step}, step)
-        wait_for(lambda: len(points(server.uri, run.id, "loss")) == 5, "the first points")
-        server.kill()
-        for step in range(6, 2501):
-            run.log_metrics({"loss": 1 / step}, step)
-        run.log_text("written while the server was down", "late.txt")
-        wait_for(lambda: "no answer" in caplog.text, "the outage to be noticed")
-        server.start()
-    assert run.finish() == 0
-    assert points(server.uri, run.id, "loss") == [(step, 1 / step) for step in range(1, 2501)]
-    artifacts = MlflowClient(server.uri).list_artifacts(run.id)
-    assert [artifact.path for artifact in artifacts] == ["late.txt"]
+    """MLflow takes no metric, tag or param of such a name; a folder that is gone cannot be sent."""
+    run = start(server.uri, tmp_path, tags={"a//b": "no", "fine": "yes"}, params={"../a": 1, "seed": 2})
+    run.log_artifacts(tmp_path / "gone", "model")
+    run.log_text("hello", "inside.txt")
+    for step in range(20):
+        run.log_metrics({"loss": 1.0, "bad//name" if step == 7 else "other": 2.0}, step)
+    with caplog.at_level(logging.WARNING):
+        assert run.finish() == 0
+    for what in ("metric bad//name", "artifacts model", "runtag a//b", "param ../a"):
+        assert f"MLflow refuses {what} for good" in caplog.text
+    assert caplog.text.count("MLflow refuses") == 4
+    assert run.id is not None
+    stored = MlflowClient(server.uri).get_run(run.id)
+    assert stored.info.status == "FINISHED" and stored.data.params == {"seed": "2"}
+    assert stored.data.tags["fine"] == "yes"
+    assert len(points(server.uri, run.id, "loss")) == 20 and len(points(server.uri, run.id, "other")) == 19
+    assert [found.path for found in MlflowClient(server.uri).list_artifacts(run.id)] == ["inside.txt"]
 
 
-def test_a_server_that_stays_down_costs_the_points_and_says_so(
+def test_a_run_that_somebody_deletes_holds_nothing_up(
     server: Server, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     run = start(server.uri, tmp_path)
-    server.kill()
-    try:
-        run.log_metrics({"loss": 1.0, "speed": 2.0}, 1)
-        with caplog.at_level(logging.WARNING, logger="trainer.outbox"):
-            assert run.finish(wait_s=0.5) == 2
-        assert "2 points were lost; not sent: status FINISHED" in caplog.text
-    finally:
-        server.start()
+    child = run.child("student", params={}, tags={})
+    client = MlflowClient(server.uri)
+    client.delete_run(child.opened())
+    with caplog.at_level(logging.WARNING):
+        for step in range(20):
+            run.log_metrics({"loss": 1.0}, step)
+            child.log_metrics({"loss": 1.0, "other": 2.0}, step)
+        child.log_text("hello", "a.txt")
+        child.finish()
+        assert run.finish() == 0
+    assert caplog.text.count(f"MLflow run {child.id} is deleted") == 1 and "refuses" not in caplog.text
+    assert len(points(server.uri, run.id, "loss")) == 20
 
 
-def test_system_metrics_go_on_counting_after_a_resume(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setenv("MLFLOW_SYSTEM_METRICS_SAMPLING_INTERVAL", "0.2")
-    key = "system/system_memory_usage_megabytes"
-    uri, run_id, seen = resolve_uri(None, tmp_path), None, 0
-    for _ in range(2):
-        run = start(uri, tmp_path, run_id=run_id, system_metrics=True)
-        run_id = run.id
-        wait_for(lambda: len(points(uri, run.id, key)) >= seen + 2, "two samples")  # noqa: B023
-        run.finish()
-        seen = len(points(uri, run.id, key))
-    assert [step for step, _ in points(uri, str(run_id), key)] == list(range(seen))
+def test_files_that_cannot_be_stored_hold_up_files_only(tmp_path: Path) -> None:
+    """The folder for artifacts is a file."""
+    uri = resolve_uri(None, tmp_path)
+    (tmp_path / "artifacts").write_text("in the way")
+    run = start(None, tmp_path)
+    run.log_text("hello", "a.txt")
+    for step in range(10):
+        run.log_metrics({"loss": step}, step)
+    assert run.finish("FINISHED", wait_s=1.0) == 1
+    assert run.id is not None
+    assert MlflowClient(uri).get_run(run.id).info.status == "FINISHED"
+    assert len(points(uri, run.id, "loss")) == 10
 
 
 @pytest.mark.parametrize(
     ("uri", "happened"),
     [
-        ("http://me:secret@127.0.0.1:9", "Connection refused"),
-        ("postgresql://me:secret@127.0.0.1:9/mlflow", "Connection refused"),
+        ("ftp://me:secret@host:5000", "unsupported URI"),
         ("sqlite:////proc/nowhere/mlflow.db", "No such file"),
         ("./mlruns", "filesystem"),
         ("localhost:5000", "unsupported URI"),
@@ -229,13 +209,40 @@ def test_an_unusable_store_is_an_error_with_the_way_out(uri: str, happened: str,
     assert "secret" not in str(caught.value)
 
 
-def test_a_server_that_accepts_and_never_answers_is_an_error(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+@pytest.mark.parametrize("how", ["refuses", "is silent", "has no such name", "database"])
+def test_a_store_that_is_down_is_a_warning_within_seconds(
+    how: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
-    monkeypatch.setattr(tracking, "REACH_S", 0.5)
+    monkeypatch.setattr(tracking_store, "REACH_S", 0.5)
+    monkeypatch.setenv("MLFLOW_HTTP_REQUEST_TIMEOUT", "1")
     with socket.create_server(("127.0.0.1", 0)) as silent:
-        with pytest.raises(TrackingError, match="timed out"):
-            start(f"http://127.0.0.1:{silent.getsockname()[1]}", tmp_path)
+        uri = {
+            "refuses": "http://127.0.0.1:9",
+            "is silent": f"http://127.0.0.1:{silent.getsockname()[1]}",
+            "has no such name": "http://nowhere.invalid:5000",
+            "database": "postgresql://me:secret@127.0.0.1:9/mlflow",
+        }[how]
+        with caplog.at_level(logging.WARNING):
+            run = start(uri, tmp_path)
+            run.log_metrics({"loss": 1.0}, 1)
+            assert "does not answer" in caplog.text and "The run starts all the same" in caplog.text
+            assert "secret" not in caplog.text
+            assert run.finish(wait_s=0.3) >= 1 and run.id is None
+    (kept,) = (tmp_path / "undelivered").iterdir()
+    assert [entry["kind"] for entry in Journal(kept).left()] == ["open", "metrics", "status"]
+    assert "secret" not in "".join(file.read_text() for file in kept.glob("*.json*"))
+
+
+def test_a_deleted_experiment_or_run_is_an_error(server: Server, tmp_path: Path) -> None:
+    client = MlflowClient(server.uri)
+    gone = client.create_experiment("gone")
+    run_id = client.create_run(client.create_experiment("stays")).info.run_id
+    client.delete_experiment(gone)
+    client.delete_run(run_id)
+    with pytest.raises(TrackingError, match="experiment gone is deleted"):
+        start(server.uri, tmp_path, experiment="gone")
+    with pytest.raises(TrackingError, match=f"run {run_id} is deleted"):
+        start(server.uri, tmp_path, experiment="stays", run_id=run_id)
 
 
 def test_a_file_that_is_no_database_is_an_error_and_stays_as_it_was(tmp_path: Path) -> None:
@@ -261,10 +268,17 @@ def test_the_default_store_keeps_everything_in_its_folder(
     folder = tmp_path / "mlflow"
     run = start(None, folder)
     run.log_text("hello", "a.txt")
-    run.finish()
+    assert run.finish() == 0
     assert run.url == f"make ui STORE=sqlite:///{folder}/mlflow.db"
     assert list((folder / "artifacts").rglob("a.txt"))
     assert not list(elsewhere.iterdir())
+
+
+def test_a_run_whose_folder_cannot_be_written_is_tracked_all_the_same(tmp_path: Path) -> None:
+    run = start(f"sqlite:///{tmp_path}/mlflow.db", Path("/proc/nowhere"))
+    run.log_metrics({"loss": 1.0}, 1)
+    assert run.finish() == 0
+    assert points(run.uri, run.id, "loss") == [(1, 1.0)]
 
 
 def test_the_configured_uri_wins_over_the_environment(
@@ -278,7 +292,7 @@ def test_the_configured_uri_wins_over_the_environment(
 def test_long_params_are_cut_and_kept_whole_beside(tmp_path: Path) -> None:
     long = "x" * 7000
     run = start(None, tmp_path, params={"long": long, "short": "y"})
-    run.finish()
+    assert run.finish() == 0 and run.id is not None
     client = MlflowClient(resolve_uri(None, tmp_path))
     assert client.get_run(run.id).data.params == {"long": long[:6000], "short": "y"}
     whole = Path(client.download_artifacts(run.id, "params.json", str(tmp_path)))
