@@ -51,7 +51,7 @@ def tiny_config(folder: Path, steps: int, dropout: bool = True) -> dict[str, Any
         "evaluation": {"every_steps": 10, "rows": 24},
         "checkpoint": {"every_steps": 2},
         "timeouts": {"start_s": 60.0, "step_s": 30.0},
-        "log": {"every_steps": 1},
+        "log": {"every_steps": 1, "report": False},
         "tracking": {"enabled": False},
     }
 

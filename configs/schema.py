@@ -252,6 +252,8 @@ class LogConfig:
 
     every_steps: int = 10
     """Optimizer steps per logged point; every point covers all steps since the one before."""
+    report: bool = True
+    """Write OUTPUT/report.html at the end (``launcher/report.py``)."""
 
 
 @dataclass

@@ -17,14 +17,16 @@ import glob
 import json
 import logging
 from collections import Counter
+from functools import partial
 
 from configs.evaluate_schema import EvaluateConfig, EvaluatedTaskConfig
 from configs.load import ConfigError, load_config, to_dict, to_yaml
 from configs.public import log_publicly, public
 from launcher import provenance
-from launcher.figure import draw, render
+from launcher.evaluation_figure import draw
+from launcher.evaluation_report import markdown, to_html, verdict
+from launcher.figure import drawn, render
 from launcher.measuring import Task, results
-from launcher.report import markdown, to_html, verdict
 from launcher.results import FORMS, TEACHER, Column, Results
 from sharding.files import new_folder
 from sharding.labels import read_labels, task_of
@@ -130,16 +132,15 @@ def evaluate(config: EvaluateConfig, tasks: list[Task]) -> Results:
 
 def write_report(config: EvaluateConfig, found: Results) -> Path:
     """Write report (HTML, Markdown), figure, numbers and settings as a new folder, and return it."""
-    wide, narrow = draw(found, 9.0, 4.6, beside=True), draw(found, 4.2, 4.8, beside=False)
     with new_folder(Path(config.output)) as folder:
         for name, text in {
-            "report.html": to_html(found, render(wide, "svg"), render(narrow, "svg")),
+            "report.html": to_html(found),
             "report.md": markdown(found),
             RESULTS: json.dumps(found.to_dict(), indent=1) + "\n",
             "config.yaml": to_yaml(config),
         }.items():
             (folder / name).write_text(public(text), encoding="utf-8")
-        (folder / "figure.png").write_bytes(render(wide, "png"))
+        (folder / "figure.png").write_bytes(render(drawn(partial(draw, found), wide=True), "png"))
     return Path(config.output)
 
 

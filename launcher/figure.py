@@ -1,77 +1,220 @@
-"""The figure of an evaluation: what students keep of the teacher's score, against their latency."""
+"""What all figures share: colours for light and dark pages, drawing wide and narrow, labels beside lines.
+
+Colours of students and parts are after Okabe and Ito (2008, "Color Universal Design"), whose palette people
+with any common colour vision tell apart. Layers have a ramp that grows lighter (viridis), heat maps cividis
+(Nunez et al. 2018, doi:10.1371/journal.pone.0199239).
+"""
 
 import io
+import math
+from collections.abc import Callable, Sequence
+from typing import Any
 
+import matplotlib
+from matplotlib import colormaps
+from matplotlib.axes import Axes
+from matplotlib.colors import to_hex
 from matplotlib.figure import Figure
-from matplotlib.lines import Line2D
 
-from launcher.results import FORMS, Results
+from launcher.page import picture
 
-MARKERS = {"pytorch": "o", "onnx": "s", "int8": "D"}
-COLOURS = ("#0b6e4f", "#d1495b", "#2e5eaa", "#e0a100", "#7b4fa3", "#00838f", "#8a5a2b", "#c2185b")
+INK, SOFT, PALE, GRID, PAPER = "#1b2430", "#5b6775", "#a3aeb9", "#e4e8ec", "#ffffff"
+COLOURS = ("#0072b2", "#d55e00", "#009e73", "#b8578d", "#c98a00", "#2f9fd8", "#7b4fa3", "#8a5a2b")
+"""Of students, arms and parts, in their order."""
 TEACHER_COLOUR = "#444c56"
+HEAT = "cividis"
+"""Colour map of heat maps: the same on light and dark pages, so it has none of the colours that change."""
+_RAMP_STEPS = 12
+_RAMP = [to_hex(colormaps["viridis"](0.75 * step / _RAMP_STEPS)) for step in range(_RAMP_STEPS + 1)]
+_ON_DARK = {
+    INK: "#e3e8ee",
+    SOFT: "#9aa7b5",
+    PALE: "#66727f",
+    GRID: "#2c3540",
+    PAPER: "#171c23",
+    TEACHER_COLOUR: "#b9c3ce",
+    **dict(
+        zip(
+            COLOURS,
+            ("#4aa8e0", "#f28a45", "#2fc79b", "#de8fbb", "#ebb13c", "#7cc8f0", "#b48ddb", "#c79668"),
+            strict=True,
+        )
+    ),
+    **{
+        light: to_hex(colormaps["viridis"](0.4 + 0.6 * step / _RAMP_STEPS))
+        for step, light in enumerate(_RAMP)
+    },
+}
+_SETTINGS: Any = {
+    "font.size": 9.5,
+    "axes.titlesize": 10,
+    "axes.titleweight": "bold",
+    "axes.titlelocation": "left",
+    "axes.labelcolor": SOFT,
+    "axes.edgecolor": SOFT,
+    "axes.grid": True,
+    "axes.axisbelow": True,
+    "axes.spines.top": False,
+    "axes.spines.right": False,
+    "grid.color": GRID,
+    "grid.linewidth": 0.8,
+    "lines.linewidth": 1.6,
+    "text.color": INK,
+    "xtick.color": SOFT,
+    "ytick.color": SOFT,
+    "svg.hashsalt": "figure",  # the same figure gives the same bytes
+}
+MOST_POINTS = 300
+"""A line's; more would not be seen."""
+
+Draw = Callable[[bool], Figure]
+"""Draws a figure, wide or narrow."""
 
 
-def draw(results: Results, width_in: float, height_in: float, beside: bool) -> Figure:
-    """Draw share of the teacher's score (percent, mean over tasks) against median latency (log scale).
-
-    Bars are the standard deviation that the seeds give. The legend stands ``beside`` the axes, or below.
-    """
-    figure = Figure(figsize=(width_in, height_in), layout="constrained")
-    axes = figure.add_subplot()
-    drawn: dict[str, str] = {}
-    forms = set()
-    for number, arm in enumerate(results.everyone()):
-        colour = COLOURS[(number - 1) % len(COLOURS)] if number else TEACHER_COLOUR
-        for form, marker in MARKERS.items():
-            kept, timing = results.kept(arm, form), results.latency(arm, form)
-            if kept is None or timing is None:
-                continue
-            spread = None if kept.spread is None else 100 * kept.spread
-            axes.errorbar(
-                timing.p50_ms, 100 * kept.mean, spread, fmt=marker, color=colour, capsize=3, markersize=9
-            )
-            drawn[arm.name] = colour
-            forms.add(form)
-    axes.set_xscale("log")
-    axes.xaxis.set_major_formatter(lambda value, _: f"{value:g}")
-    axes.xaxis.set_minor_formatter(lambda value, _: f"{value:g}" if f"{value:.0e}"[0] in "25" else "")
-    axes.margins(0.12)
-    aim = axes.axhline(100 * results.aim, color="#0b6e4f", linewidth=1, linestyle="--")
-    aim.set_label(f"aim {results.aim:.0%}")
-    rows = results.batch_rows[0]
-    call = "1 row" if rows == 1 else f"{rows} rows"
-    between = " " if beside else "\n"
-    axes.set_xlabel(f"median latency, ms{between}({call} of {results.seq_len} tokens, {results.devices[0]})")
-    axes.set_ylabel("kept of the teacher's score, %")
-    axes.grid(True, color="#e4e8ec")
-    axes.set_axisbelow(True)
-    axes.spines[["top", "right"]].set_visible(False)
-    _legend(figure, aim, drawn, [form for form in FORMS if form in forms], beside)
-    return figure
+def drawn(draw: Draw, wide: bool) -> Figure:
+    """Return a figure in the house's style."""
+    with matplotlib.rc_context(_SETTINGS):
+        return draw(wide)
 
 
-def _legend(figure: Figure, aim: Line2D, colour_of: dict[str, str], forms: list[str], beside: bool) -> None:
-    """Colours are models, markers are forms."""
-    handles = [
-        Line2D([], [], color=colour, marker="o", linestyle="none", markersize=9, label=name)
-        for name, colour in colour_of.items()
-    ]
-    if len(forms) > 1:
-        handles += [
-            Line2D([], [], color="#9aa4af", marker=MARKERS[form], linestyle="none", label=FORMS[form])
-            for form in forms
-        ]
-    handles.append(aim)
-    if beside:
-        figure.legend(handles=handles, loc="outside right upper", frameon=False)
-    else:
-        figure.legend(handles=handles, loc="outside lower center", ncols=2, frameon=False)
+def new(width_in: float, height_in: float) -> Figure:
+    """Return an empty figure."""
+    return Figure(figsize=(width_in, height_in), layout="constrained")
+
+
+def panels(wide: bool, count: int, columns: int, height_in: float) -> tuple[Figure, list[Axes]]:
+    """Return a figure of ``count`` panels, each so high; a narrow one has one beneath the other."""
+    columns = min(columns, count) if wide else 1
+    rows = -(-count // columns)
+    figure = new(9.6 if wide else 4.3, height_in * rows)
+    found = figure.subplots(rows, columns, squeeze=False).flatten().tolist()
+    for empty in found[count:]:
+        empty.remove()
+    return figure, found[:count]
+
+
+def show(draw: Draw, alt: str) -> str:
+    """Return a figure as a part of a page, drawn wide and narrow."""
+    return picture(render(drawn(draw, True), "svg"), render(drawn(draw, False), "svg"), alt)
 
 
 def render(figure: Figure, form: str) -> bytes:
-    """Return the figure as ``svg`` or ``png``; the same figure gives the same bytes."""
+    """Return the figure as ``svg``, whose colours follow the page's, or as ``png``."""
     buffer = io.BytesIO()
-    metadata = {"Date": None} if form == "svg" else None
-    figure.savefig(buffer, format=form, dpi=150, metadata=metadata)
-    return buffer.getvalue()
+    with matplotlib.rc_context(_SETTINGS):
+        if form == "png":
+            figure.savefig(buffer, format=form, dpi=150)
+            return buffer.getvalue()
+        figure.savefig(buffer, format=form, transparent=True, metadata={"Date": None})
+    return _themed(buffer.getvalue().decode()).encode()
+
+
+def _themed(svg: str) -> str:
+    """Colours become variables that a dark page's own style sets otherwise."""
+    used = {light: dark for light, dark in _ON_DARK.items() if light in svg}
+    for light in used:
+        svg = svg.replace(light, f"var(--c{light[1:]})")
+    of_light, of_dark = (
+        "".join(f"--c{light[1:]}:{colour};" for light, colour in theme)
+        for theme in ([(light, light) for light in used], used.items())
+    )
+    style = f"<style>:root{{{of_light}}}@media (prefers-color-scheme:dark){{:root{{{of_dark}}}}}</style>"
+    return svg.replace("<defs>", f"{style}<defs>", 1)
+
+
+def swatch(colour: str) -> str:
+    """Return a small square of a colour, of HTML: what a figure's key beside it begins with."""
+    dark = _ON_DARK.get(colour, colour)
+    return f'<i style="background:{colour};background:light-dark({colour},{dark})"></i>'
+
+
+def ramp(count: int) -> list[str]:
+    """Return colours for layers 1..count."""
+    return [_RAMP[round(index * _RAMP_STEPS / max(1, count - 1))] for index in range(count)]
+
+
+def shade(share: float) -> str:
+    """Return the ramp's colour at 0 (dark) to 1 (light)."""
+    return _RAMP[round(share * _RAMP_STEPS)]
+
+
+def binned(
+    x: Sequence[float], y: Sequence[float], most: int = MOST_POINTS
+) -> tuple[list[float], list[float]]:
+    """Return at most ``most`` points: means over neighbours."""
+    width = -(-len(x) // most)
+    if width <= 1:
+        return list(x), list(y)
+    parts = [slice(first, first + width) for first in range(0, len(x), width)]
+    return [sum(x[part]) / len(x[part]) for part in parts], [sum(y[part]) / len(y[part]) for part in parts]
+
+
+def count(value: float, _: object = None) -> str:
+    """Return ``1.2M``, ``300k``, ``45``: a count on an axis."""
+    for limit, unit in ((1e9, "B"), (1e6, "M"), (1e3, "k")):
+        if abs(value) >= limit:
+            return f"{value / limit:.4g}{unit}"
+    return f"{value:.4g}"
+
+
+def number(value: float, _: object = None) -> str:
+    """Return a number on an axis, without needless zeros."""
+    return f"{value:.4g}" if 1e-3 <= abs(value) < 1e5 or value == 0 else f"{value:.0e}".replace("e-0", "e-")
+
+
+def rows_axis(axes: Axes) -> None:
+    """Let the x axis count rows."""
+    axes.xaxis.set_major_formatter(count)
+    axes.xaxis.set_major_locator(matplotlib.ticker.MaxNLocator(5))
+    axes.set_xlabel("rows seen")
+
+
+def log_if_wide(axes: Axes, values: Sequence[float]) -> None:
+    """Make the y axis logarithmic where values span more than a factor of 5."""
+    finite = [value for value in values if math.isfinite(value)]
+    if finite and min(finite) > 0 and max(finite) > 5 * min(finite):
+        axes.set_yscale("log")
+        subs = (1.0,) if max(finite) > 1e3 * min(finite) else (1.0, 2.0, 5.0)
+        axes.yaxis.set_major_locator(matplotlib.ticker.LogLocator(subs=subs))
+        axes.yaxis.set_minor_formatter(matplotlib.ticker.NullFormatter())
+    axes.yaxis.set_major_formatter(number)
+
+
+def label_ends(axes: Axes, ends: Sequence[tuple[float, str, str]], gap: float) -> None:
+    """Write labels beside the right end of lines, each a (y, text, colour), at least ``gap`` of the height
+    apart. Where they do not all fit, the first and the last of them are written."""
+    if len(ends) * gap > 1.15:
+        ends = [ends[0], ends[-1]]
+    axes.autoscale_view()
+    axes.set_ylim(axes.get_ylim())  # the labels' places count on it
+    placed = []
+    for y, text, colour in ends:
+        if math.isfinite(y):
+            _, height = axes.transAxes.inverted().transform(axes.transData.transform((0.0, y)))
+            placed.append((height, text, colour))
+    placed.sort()
+    heights = apart([height for height, _, _ in placed], gap)
+    for height, (_, text, colour) in zip(heights, placed, strict=True):
+        axes.annotate(
+            text,
+            (1, height),
+            xycoords="axes fraction",
+            xytext=(5, 0),
+            textcoords="offset points",
+            va="center",
+            color=colour,
+            fontsize=8.5,
+        )
+
+
+def apart(places: Sequence[float], gap: float) -> list[float]:
+    """Return ascending places moved to at least ``gap`` apart, as little as a pass each way allows; they
+    end at 1 where there is room."""
+    found = list(places)
+    for index in range(1, len(found)):
+        found[index] = max(found[index], found[index - 1] + gap)
+    top = 1.0
+    for index in range(len(found) - 1, -1, -1):
+        found[index] = min(found[index], top)
+        top = found[index] - gap
+    return found

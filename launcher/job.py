@@ -21,7 +21,7 @@ from configs.deepspeed import derive
 from configs.load import to_dict, to_yaml
 from configs.public import log_publicly, public
 from configs.schema import RunConfig
-from launcher import provenance
+from launcher import provenance, report
 from launcher.assembly import build
 from launcher.checks import check, check_memory
 from launcher.facts import facts
@@ -302,6 +302,8 @@ def finish(run: Run, reporter: Reporter, wall_s: float) -> None:
         reporter.tracked.log_file(folder / "summary.json")
         reporter.tracked.log_file(folder / "evaluations.jsonl")
     reporter.event("finished")
+    if config.log.report and report.at_end(folder) and reporter.tracked is not None:
+        reporter.tracked.log_file(folder / report.REPORT)
     log.info("done in %s. Load a student with AutoModel.from_pretrained(%r)", duration(wall_s), str(path))
     for line in next_steps(config, str(path), reporter.tracked.run.url if reporter.tracked else None):
         log.info("%s", line)

@@ -1,325 +1,80 @@
-"""The report of an evaluation: the same tables as Markdown and as one HTML file that needs nothing else."""
+"""A report, one HTML page that needs nothing else: ``python launcher/report.py FOLDER [--output FILE]``.
 
-import base64
-import html
-import statistics
-from dataclasses import dataclass
-
-from launcher.results import FORMS, Arm, Choice, Column, Kept, Results, Timing, deviation
-
-
-@dataclass(frozen=True)
-class Table:
-    """A table; a cell's second line is what its first one means."""
-
-    title: str
-    header: list[str]
-    rows: list[list[str]]
-    note: str
-    chosen: int | None = None
-    """Row that belongs to the choice."""
-    folded: bool = False
-    """In HTML, shown when asked for."""
-
-    def markdown(self) -> str:
-        """Return it as Markdown."""
-        lines = [self.header, ["---", *["---:"] * (len(self.header) - 1)]]
-        lines += [[cell.replace("\n", "<br>") for cell in row] for row in self.rows]
-        body = "\n".join(f"| {' | '.join(line)} |" for line in lines)
-        return f"## {self.title}\n\n{body}\n\n{self.note}\n"
-
-    def html(self) -> str:
-        """Return it as HTML; on narrow screens it scrolls under its first column."""
-        head = "".join(f"<th scope=col>{html.escape(name)}</th>" for name in self.header)
-        rows = []
-        for number, row in enumerate(self.rows):
-            name, *cells = (_two_lines(cell) for cell in row)
-            shade = ' class="chosen"' if number == self.chosen else ""
-            rows.append(
-                f"<tr{shade}><th scope=row>{name}</th>{''.join(f'<td>{cell}</td>' for cell in cells)}</tr>"
-            )
-        body = (
-            f"<div class=scroll tabindex=0><table><thead><tr>{head}</tr></thead>"
-            f"<tbody>{''.join(rows)}</tbody></table></div><p class=note>{html.escape(self.note)}</p>"
-        )
-        title = f"<h2>{html.escape(self.title)}</h2>"
-        if self.folded:
-            return f"<section><details><summary>{title}</summary>{body}</details></section>"
-        return f"<section>{title}{body}</section>"
-
-
-def markdown(results: Results) -> str:
-    """Return the whole report as Markdown."""
-    tables = "\n".join(table.markdown() for table in tables_of(results))
-    return f"# {results.name}\n\n{verdict(results)}\n\n![quality against latency](figure.png)\n\n{tables}"
-
-
-def to_html(results: Results, wide_svg: bytes, narrow_svg: bytes) -> str:
-    """Return the whole report as one HTML file; the figure, wide and narrow, lies in it."""
-    wide, narrow = (
-        f"data:image/svg+xml;base64,{base64.b64encode(svg).decode()}" for svg in (wide_svg, narrow_svg)
-    )
-    return (
-        '<!doctype html><html lang="en"><head><meta charset="utf-8">'
-        '<meta name="viewport" content="width=device-width, initial-scale=1">'
-        f"<title>{html.escape(results.name)}</title><style>{_STYLE}</style></head><body><main>"
-        f"<p class=kicker>{html.escape(results.name)}</p><h1>Which student to take</h1>"
-        f"<p class=verdict>{_bold(verdict(results))}</p>{_tiles(results)}"
-        "<section><h2>Quality against latency</h2><picture>"
-        f'<source media="(max-width: 700px)" srcset="{narrow}">'
-        f'<img src="{wide}" alt="share of the teacher\'s score against latency"></picture></section>'
-        + "".join(table.html() for table in tables_of(results))
-        + "</main></body></html>\n"
-    )
-
-
-def verdict(results: Results) -> str:
-    """Return in a sentence or two which student to take; names stand between ``**``."""
-    choice, aim = results.choice(), f"{results.aim:.0%}"
-    if choice is None:
-        return f"No model of {', '.join(results.ship)} was scored on all tasks, so there is none to take."
-    does = [f"keeps {percent(choice.kept)} of the teacher's score", *_gains(results, choice)]
-    it = f"it {', '.join(does[:-1])} and {does[-1]}" if len(does) > 1 else f"it {does[0]}"
-    named = f"**{choice.arm.name}** as **{FORMS[choice.form]}**"
-    if choice.reaches_aim:
-        return f"Take {named}: {it}. The aim was to keep {aim}."
-    return f"No student keeps the {aim} that was aimed at. Nearest is {named}: {it}."
-
-
-def _gains(results: Results, choice: Choice) -> list[str]:
-    """What the choice costs less than the teacher in PyTorch."""
-    found = []
-    own, of_teacher = results.latency(choice.arm, choice.form), results.latency(results.teacher, "pytorch")
-    if own and of_teacher:
-        found.append(
-            f"answers {_rows(own.batch_rows)} in {ms(own.p50_ms)} instead of {ms(of_teacher.p50_ms)} "
-            f"({of_teacher.p50_ms / own.p50_ms:.1f}x faster, {own.device})"
-        )
-    size, before = choice.arm.file_bytes.get(choice.form), results.teacher.file_bytes.get("pytorch")
-    if size and before:
-        found.append(f"takes {megabytes(size)} on disk instead of {megabytes(before)}")
-    return found
-
-
-def _tiles(results: Results) -> str:
-    """The choice in four figures."""
-    choice = results.choice()
-    if choice is None:
-        return ""
-    arm, teacher = choice.arm, results.teacher
-    spread = f" ± {points(choice.kept.spread)}" if choice.kept.spread is not None else ""
-    tiles = [(f"{choice.kept.mean:.1%}", "of the teacher's score", f"mean over tasks{spread}")]
-    own, before = results.latency(arm, choice.form), results.latency(teacher, "pytorch")
-    if own and before:
-        tiles.append(
-            (f"{before.p50_ms / own.p50_ms:.1f}x", "faster", f"{_rows(own.batch_rows)}, {own.device}")
-        )
-    fewer = f"{teacher.parameters / arm.parameters:.1f}x"
-    tiles.append((fewer, "fewer parameters", f"{millions(arm.parameters)} of {millions(teacher.parameters)}"))
-    size, before_size = arm.file_bytes.get(choice.form), teacher.file_bytes.get("pytorch")
-    if size and before_size:
-        tiles.append((f"{before_size / size:.1f}x", "smaller on disk", f"{megabytes(size)}"))
-    cells = "".join(
-        f"<li><b>{html.escape(figure)}</b>{html.escape(what)}<small>{html.escape(of)}</small></li>"
-        for figure, what, of in tiles
-    )
-    return f"<ul class=tiles>{cells}</ul>"
-
-
-def tables_of(results: Results) -> list[Table]:
-    """Return the report's tables: quality, forms, size and speed, every score, and how it was measured."""
-    tables = [_quality(results), _forms(results), _speed(results), _every_score(results), _machine(results)]
-    return [table for table in tables if table.rows]
-
-
-def _quality(results: Results) -> Table:
-    choice, rows = results.choice(), []
-    for arm in results.everyone():
-        kept = results.kept(arm, "pytorch")
-        cells = [_score(results, arm, "pytorch", column) for column in results.columns]
-        mean = [f"{percent(kept)}\n{_counted(results, kept)}"] if kept else [""]
-        rows.append([f"{arm.name}\n{arm.shape}", *mean, *cells])
-    header = ["model", "mean kept", *(f"{column.name}" for column in results.columns)]
-    chosen = None if choice is None else 1 + results.arms.index(choice.arm)
-    measures = "; ".join(
-        f"{column.name}: {column.metric} on {column.rows} rows, {points(column.chance)} by a constant answer"
-        for column in results.columns
-    )
-    note = (
-        "Scores in percent (mean ± standard deviation over seeds) in PyTorch; below, what that is of the "
-        "teacher's. The mean kept is the mean of these shares; in brackets the share of the mean score, as "
-        f"the paper counts. {measures}."
-    )
-    return Table("Quality", header, rows, note, chosen)
-
-
-def _forms(results: Results) -> Table:
-    """Scores of what can be shipped, by form."""
-    choice, chosen = results.choice(), None
-    rows: list[list[str]] = []
-    for arm in results.everyone():
-        for form in FORMS if set(arm.scores) - {"pytorch"} else ():
-            kept = results.kept(arm, form)
-            if kept is None:
-                continue
-            if choice and (arm, form) == (choice.arm, choice.form):
-                chosen = len(rows)
-            cells = [_score(results, arm, form, column) for column in results.columns]
-            rows.append([f"{arm.name}\n{FORMS[form]}", percent(kept), *cells])
-    header = ["model", "mean kept", *(column.name for column in results.columns)]
-    note = "Shares are of the teacher's score in PyTorch. ONNX int8: weights and, as they come, activations."
-    return Table("Quality by form", header, rows, note, chosen)
-
-
-def _speed(results: Results) -> Table:
-    """Size and speed of every shape and form; arms of one shape share their rows."""
-    by_shape: dict[str, list[Arm]] = {}
-    for arm in results.arms:
-        by_shape.setdefault(arm.shape, []).append(arm)
-    few, many = results.batch_rows[0], results.batch_rows[-1]
-    rows = []
-    for arms in [[results.teacher], *by_shape.values()]:
-        names = ", ".join(arm.name for arm in arms)
-        first = max(arms, key=lambda arm: len(arm.timings))
-        for device in results.devices:
-            for form in FORMS:
-                one, last = first.timing(form, device, few), first.timing(form, device, many)
-                if one is None or last is None:
-                    continue
-                flops = first.row_flops
-                rows.append(
-                    [
-                        f"{names}\n{FORMS[form]}, {device}",
-                        millions(first.parameters),
-                        megabytes(first.file_bytes[form]),
-                        f"{flops / 1e9:.2f}" if flops else "",
-                        f"{ms(one.p50_ms)}\n{_faster(results, one)}",
-                        f"{ms(one.p90_ms)}\n{ms(one.p99_ms)}",
-                        f"{ms(last.p50_ms)}\n{_faster(results, last)}",
-                        f"{last.rows_per_s:,.0f}",
-                    ]
-                )
-    header = ["model", "parameters", "on disk", "GFLOP a row", f"{_rows(few)}: median", "p90, p99"]
-    header += [f"{_rows(many)}: median", "rows/s"]
-    note = (
-        f"Rows of {results.seq_len} tokens without padding, one call after the other, warm, all models in "
-        "turns. Below a median: how much faster than the teacher in the same form, then than the teacher in "
-        "PyTorch. Arms of one shape are equally large and fast."
-    )
-    return Table("Size and speed", header, rows, note)
-
-
-def _faster(results: Results, timing: Timing) -> str:
-    """``9.4x, 21.0x``: against the teacher in the same form, and in PyTorch."""
-    against = [
-        results.teacher.timing(form, timing.device, timing.batch_rows) for form in (timing.form, "pytorch")
-    ]
-    return ", ".join(f"{other.p50_ms / timing.p50_ms:.1f}x" for other in against if other)
-
-
-def _every_score(results: Results) -> Table:
-    rows = []
-    for arm in results.everyone():
-        for form, of_column in arm.scores.items():
-            for column, seeds in of_column.items():
-                for metric in seeds[0]:
-                    values = ", ".join(points(seed[metric], digits=2) for seed in seeds)
-                    rows.append([f"{arm.name}\n{FORMS[form]}", column, metric, values])
-    note = "Every metric of every model, in percent, in the order of the models that the configuration names."
-    return Table("Every score", ["model", "task", "metric", "by seed"], rows, note, folded=True)
-
-
-def _machine(results: Results) -> Table:
-    rows = [[name, value] for name, value in results.machine.items()]
-    return Table("How it was measured", ["what", "value"], rows, "")
-
-
-def _score(results: Results, arm: Arm, form: str, column: Column) -> str:
-    """``91.2 ± 0.3`` and below it ``97.1% (3 seeds)``; empty where it was not scored."""
-    values = arm.values(form, column)
-    if not values:
-        return ""
-    mean, spread = statistics.fmean(values), deviation(values)
-    text = points(mean) + (f" ± {points(spread)}" if spread is not None else "")
-    share = mean / results.teacher_score(column)
-    return f"{text}\n{share:.1%}" + (f", {len(values)} seeds" if len(values) > 1 else "")
-
-
-def _counted(results: Results, kept: Kept) -> str:
-    """The share of the mean score, and on how much of the columns when not on all."""
-    part = f", {kept.columns} of {len(results.columns)} tasks" if kept.columns < len(results.columns) else ""
-    return f"({kept.of_mean_score:.1%}){part}"
-
-
-def percent(kept: Kept) -> str:
-    """``97.1% ± 0.4``."""
-    return f"{kept.mean:.1%}" + (f" ± {points(kept.spread)}" if kept.spread is not None else "")
-
-
-def points(value: float, digits: int = 1) -> str:
-    """A score or share in percent points."""
-    return f"{100 * value:.{digits}f}"
-
-
-def ms(value: float) -> str:
-    """Milliseconds, to three figures."""
-    return f"{value:.3g} ms" if value < 100 else f"{value:,.0f} ms"
-
-
-def megabytes(size: int) -> str:
-    """Bytes in units of a million."""
-    return f"{size / 1e6:.1f} MB" if size < 1e8 else f"{size / 1e6:,.0f} MB"
-
-
-def millions(count: int) -> str:
-    """``14.5M``."""
-    return f"{count / 1e6:.1f}M"
-
-
-def _rows(count: int) -> str:
-    return "1 row" if count == 1 else f"{count} rows"
-
-
-def _two_lines(cell: str) -> str:
-    first, _, second = html.escape(cell).partition("\n")
-    return first + (f"<small>{second}</small>" if second else "")
-
-
-def _bold(text: str) -> str:
-    """What stands between ``**`` in bold."""
-    parts = html.escape(text).split("**")
-    return "".join(f"<b>{part}</b>" if number % 2 else part for number, part in enumerate(parts))
-
-
-_STYLE = """
-:root { --ink: #1b2430; --soft: #5b6775; --line: #dfe4ea; --mark: #e9f5ee; --accent: #0b6e4f }
-* { box-sizing: border-box }
-body { margin: 0; background: #f6f7f9; color: var(--ink);
-  font: 16px/1.5 system-ui, -apple-system, "Segoe UI", Roboto, "DejaVu Sans", sans-serif }
-main { max-width: 68rem; margin: 0 auto; padding: 1.5rem 1rem 4rem }
-.kicker { margin: 0; color: var(--soft) }
-h1 { margin: 0 0 .5rem; font-size: 1.9rem; line-height: 1.2 }
-h2 { margin: 0 0 .75rem; font-size: 1.2rem }
-.verdict { font-size: 1.2rem; max-width: 52rem }
-.verdict b { color: var(--accent) }
-.tiles { list-style: none; padding: 0; display: grid; gap: .75rem;
-  grid-template-columns: repeat(auto-fit, minmax(10.5rem, 1fr)) }
-.tiles li, section { background: #fff; border: 1px solid var(--line); border-radius: .5rem; padding: 1rem }
-.tiles b { display: block; font-size: 1.5rem; line-height: 1.2; color: var(--accent); white-space: nowrap }
-section { margin-top: 1rem }
-small { display: block; color: var(--soft); font-size: .8rem; font-weight: 400; white-space: nowrap }
-picture img { display: block; width: 100%; height: auto; max-width: 60rem; margin: 0 auto }
-.scroll { overflow-x: auto }
-summary { cursor: pointer }
-summary h2 { display: inline }
-details .scroll { margin-top: .75rem }
-table { border-collapse: collapse; width: 100%; font-variant-numeric: tabular-nums }
-th, td { padding: .45rem .7rem; border-bottom: 1px solid var(--line); vertical-align: top; text-align: right;
-  white-space: nowrap }
-thead th { font-size: .85rem; color: var(--soft); font-weight: 600 }
-th:first-child { text-align: left; position: sticky; left: 0; background: #fff; white-space: normal;
-  min-width: 9rem }
-th + td:last-child:nth-child(2) { white-space: normal; overflow-wrap: anywhere }
-tr.chosen td, tr.chosen th { background: var(--mark) }
-.note { margin: .75rem 0 0; color: var(--soft); font-size: .85rem }
+Of a run (the output of ``launcher/general.py``, or of a training stage of ``launcher/task.py``), made of its
+folder alone; with ``--models`` also what students and teacher compute alike. Of a sweep, made of its folder.
 """
+
+import sys
+from pathlib import Path
+
+if __package__ in (None, ""):  # run as a script, which puts this folder on sys.path, not the repository
+    sys.path[0] = str(Path(__file__).resolve().parents[1])
+    import configs  # noqa: F401  before transformers, which finds torchao and makes it talk
+
+import argparse
+import logging
+
+from configs.public import log_publicly, public
+from launcher.run_record import Record
+from launcher.sweep_record import TRIALS, Sweep
+from sharding.files import write_text
+
+log = logging.getLogger("distil")
+
+REPORT = "report.html"
+
+
+def main() -> int:
+    """Write the report; return the exit code."""
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("folder", type=Path, help="of a run or a sweep")
+    parser.add_argument("--output", type=Path, help=f"HTML file; not set: {REPORT} in the folder")
+    parser.add_argument("--models", action="store_true", help="load the exported students and the teacher")
+    parser.add_argument("--rows", type=int, default=256, help="held-out rows they are compared on")
+    arguments = parser.parse_args()
+    log_publicly(logging.INFO, "%(asctime)s %(message)s")
+    output = arguments.output or arguments.folder / REPORT
+    try:
+        write_text(output, made(arguments.folder, arguments.models, arguments.rows))
+    except (ValueError, OSError) as error:
+        print(public(f"\nerror: {error}"), file=sys.stderr, flush=True)
+        return 2
+    log.info("report: %s", output.resolve())
+    return 0
+
+
+def at_end(folder: Path) -> bool:
+    """Write the report of a run that has just ended; a failure is a warning, and never costs the run."""
+    try:
+        write_text(folder / REPORT, made(folder))
+    except Exception as error:  # whatever drawing stumbles over: the run is done and exported
+        log.warning("%s could not be written: %s", folder / REPORT, error, exc_info=True)
+        return False
+    return True
+
+
+def made(folder: Path, models: bool = False, rows: int = 0) -> str:
+    """Return the page of a run's or a sweep's folder. What takes seconds to import is imported here.
+
+    Raises:
+        ValueError: it is neither's, or its models cannot be loaded.
+    """
+    if (folder / TRIALS).is_file():
+        from launcher import sweep_report
+
+        return public(sweep_report.to_html(Sweep.read(folder)))
+    from launcher import run_report
+
+    record = Record.read(folder)
+    comparisons: list[str] = []
+    if models:
+        from launcher import comparison, comparison_figures
+
+        comparisons = list(comparison_figures.sections(comparison.compare(record, rows)))
+    return public(run_report.to_html(record, comparisons))
+
+
+if __name__ == "__main__":
+    sys.exit(main())

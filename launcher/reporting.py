@@ -12,6 +12,7 @@ from rich.console import Console
 
 from configs.load import to_dict
 from launcher import provenance
+from launcher.run_record import keep_figures
 from launcher.runfolder import RunFolder
 from launcher.terminal import Terminal, View
 from launcher.tracked import Tracked
@@ -96,6 +97,8 @@ class Reporter:
         for name, reason in run.progress.retired.items():
             self.retired(name, reason)
         self.event("started", ranks=run.world.size, host=socket.gethostname(), resumed=resumed)
+        if run.teacher_score:
+            self.event("teacher", scores={f"score/{name}": own for name, own in run.teacher_score.items()})
         if self.tracked is not None:
             for name in ("config.yaml", "deepspeed.json", "origin.json", "changes.diff"):
                 self.tracked.log_file(self.folder / name)
@@ -125,6 +128,7 @@ class Reporter:
                 duration(speed["time/eta_s"]),
                 duration(speed["time/eta_by_rows_s"]),
             )
+        keep_figures(self.folder, progress.step, speed, students)
         if self.tracked is not None:
             self.tracked.run.log_metrics(speed, progress.step)
             for student, figures in students.items():
@@ -158,6 +162,8 @@ class Reporter:
             told = ", ".join(f"{key} {value:.4f}" for key, value in scores.items())
             log.info("step %d/%d %s  probes %s", progress.step, self.run.total_steps, name, told)
         self._keep("probes.jsonl", "scores", "probe", progress.step, students)
+        if teacher:
+            self.event("teacher", scores=dict(teacher))
         if self.tracked is not None:
             of_teacher = {f"probe/teacher/{key}": value for key, value in teacher.items()}
             self.tracked.run.log_metrics(of_teacher, progress.step)

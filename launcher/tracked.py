@@ -1,6 +1,5 @@
 """The MLflow runs of a job: what they are called, what they say of it, what became of it."""
 
-import json
 import os
 import socket
 import sys
@@ -9,12 +8,12 @@ from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from datetime import datetime
 from pathlib import Path
-from typing import Any
 
 from configs.load import to_dict
 from configs.public import public
 from configs.schema import RunConfig, TrackingConfig
 from launcher import provenance
+from launcher.run_record import read_lines
 from launcher.runfolder import RunFolder
 from launcher.wording import duration, in_words
 from sharding.corpora import Corpora
@@ -219,7 +218,7 @@ def description(config: RunConfig, corpora: Corpora, stage: str) -> str:
 def heldout(file: Path) -> dict[str, str]:
     """Return by student how its held-out loss went, and its last scores: ``held-out loss 2.31 to 0.84``."""
     entries: dict[str, list[dict[str, float]]] = {}
-    for entry in lines_of(file):
+    for entry in read_lines(file):
         entries.setdefault(entry["student"], []).append(entry["losses"])
     told = {}
     for student, losses in entries.items():
@@ -231,15 +230,7 @@ def heldout(file: Path) -> dict[str, str]:
 
 def age(folder: Path) -> str:
     """Return the time since the run's first start, over all its parts, ``3h07m``; empty before any."""
-    events = lines_of(folder / "events.jsonl")
+    events = read_lines(folder / "events.jsonl")
     if not events:
         return ""
     return duration(time.time() - datetime.fromisoformat(events[0]["at"]).timestamp())
-
-
-def lines_of(file: Path) -> list[dict[str, Any]]:
-    """Return the lines of a JSON file; none if it is not there. One that a crash cut off is left out."""
-    if not file.is_file():
-        return []
-    lines = file.read_text(encoding="utf-8").splitlines(keepends=True)
-    return [json.loads(line) for line in lines if line.endswith("\n")]

@@ -41,6 +41,7 @@ PURE = [
     "trainer/transfer.py",
     "trainer/layout.py",
     "trainer/layer_map.py",
+    "trainer/similarity.py",
     "trainer/schedule.py",
     "sharding/order.py",
     "sharding/mixture.py",

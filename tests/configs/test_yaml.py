@@ -9,8 +9,8 @@ from configs.deepspeed import derive
 from configs.evaluate_schema import EvaluateConfig
 from configs.load import load_config, to_yaml
 from configs.schema import RunConfig
-from configs.task import corpus_of, stage_config
 from configs.sweep import load_sweep, total_trials
+from configs.task import corpus_of, stage_config
 from configs.task_schema import TaskConfig
 
 FOLDER = Path(__file__).resolve().parents[2] / "configs"

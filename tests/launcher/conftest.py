@@ -55,7 +55,7 @@ def run_config(tmp_path: Path, tiny_teacher: Path, tiny_corpus: Path) -> dict[st
         "train": {"global_batch_rows": 24, "micro_batch_rows": 4, "steps": 6, "threads": 1},
         "evaluation": {"every_steps": 3, "rows": 40},
         "checkpoint": {"every_steps": 2},
-        "log": {"every_steps": 1},
+        "log": {"every_steps": 1, "report": False},
         "tracking": {"enabled": False},
     }
 

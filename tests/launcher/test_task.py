@@ -51,7 +51,7 @@ def task_config(folder: Path, teacher: Path) -> dict[str, Any]:
         "prediction": {**stage, "epochs": 2, "optimizer": {"lr": 2e-3}},
         "evaluation": {"every_steps": 20, "rows": 1000},
         "checkpoint": {"every_steps": 20},
-        "log": {"every_steps": 10},
+        "log": {"every_steps": 10, "report": False},
         "tracking": {"enabled": False},
     }
 
