@@ -111,10 +111,7 @@ def distil(
     stations.passed("checks")
     meeting.connect(place, os.environ, config.timeouts, equal)
     if dry_run:
-        rehearse(config, place, corpora)
-        world.disconnect()
-        watchdog.close()
-        return exits.DONE
+        return rehearse(config, place, corpora, watchdog)
     engine.attach()
     stations.passed("meeting")
     interruption.listen()  # before, there is nothing to save: a signal ends the process
@@ -167,7 +164,7 @@ def checked(config: RunConfig, place: World) -> tuple[Corpora, dict[str, str]]:
     return corpora, facts(config, corpora)
 
 
-def rehearse(config: RunConfig, place: World, corpora: Corpora) -> None:
+def rehearse(config: RunConfig, place: World, corpora: Corpora, watchdog: Watchdog) -> int:
     """Say what the job would do (collective), after all that is checked before weights are loaded."""
 
     def tell() -> None:
@@ -181,6 +178,9 @@ def rehearse(config: RunConfig, place: World, corpora: Corpora) -> None:
         log.info("nothing was written. Time and memory: launcher/preflight.py with the same arguments")
 
     world.on_main(place, tell)
+    world.disconnect()
+    watchdog.close()
+    return exits.DONE
 
 
 def leave_lost(error: Exception) -> NoReturn:
