@@ -29,6 +29,7 @@ from configs.sweep import arguments_of, direction, folder_of, load_sweep, run_of
 from configs.sweep_schema import SweepConfig
 from configs.task_schema import TaskConfig
 from launcher import provenance, slurm_job
+from launcher.report import REPORT, at_end
 from launcher.runfolder import RunFolder
 from launcher.sweep_results import ENDED, TRIALS, counts, judged, table, write_results
 from launcher.trial_run import TrialRun, slots
@@ -210,8 +211,11 @@ class Worker:
         show(self.trials)
         for path in best:
             log.info("to run it once more: %s", path)
+        reports = [self.trials.folder / REPORT] if at_end(self.trials.folder) else []
+        for path in reports:
+            log.info("report: %s", path.resolve())
         if self.tracked is not None:
-            for path in [self.trials.folder / TRIALS, *best]:
+            for path in [self.trials.folder / TRIALS, *best, *reports]:
                 name = str(path.relative_to(self.trials.folder))
                 self.tracked.log_text(path.read_text(encoding="utf-8"), name)
             told = [f"trial {number}: {judged(self.sweep, results[number])}" for number in self.trials.best()]

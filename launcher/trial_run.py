@@ -8,7 +8,7 @@ import shlex
 import signal
 import subprocess
 import sys
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, BinaryIO
@@ -18,6 +18,7 @@ from safetensors import safe_open
 from configs.public import public
 from configs.sweep import SPEED
 from launcher.policy import outcome
+from launcher.run_record import read_lines
 from trainer import exits
 
 PR_SET_PDEATHSIG = 1  # linux/prctl.h
@@ -116,7 +117,7 @@ class TrialRun:
 
     def retired(self, student: str) -> str | None:
         """Return why a student failed, if it did."""
-        entries = [entry for entry in _entries(self.folder / "events.jsonl") if entry["event"] == "retired"]
+        entries = [entry for entry in read_lines(self.folder / "events.jsonl") if entry["event"] == "retired"]
         return next((entry["reason"] for entry in entries if entry["student"] == student), None)
 
     def tail(self) -> str:
@@ -130,7 +131,7 @@ class TrialRun:
         file, what = _KEPT[source]
         return {
             entry["step"]: entry[what][key]
-            for entry in _entries(self.folder / file)
+            for entry in read_lines(self.folder / file)
             if entry["student"] == student and key in entry[what]
         }
 
@@ -148,7 +149,7 @@ class TrialRun:
         series = self.series(metric, student)
         if not series:
             file, what = _KEPT[metric.partition("/")[0]]
-            own = {key: None for entry in _entries(self.folder / file) for key in entry[what]}
+            own = {key: None for entry in read_lines(self.folder / file) for key in entry[what]}
             raise ValueError(f"{metric} is not in {self.folder / file}; there are {', '.join(own) or 'none'}")
         value = series[max(series)]
         if math.isnan(value):
@@ -156,15 +157,7 @@ class TrialRun:
         return value
 
     def _events(self) -> list[str]:
-        return [entry["event"] for entry in _entries(self.folder / "events.jsonl")]
-
-
-def _entries(path: Path) -> Iterator[Mapping[str, Any]]:
-    """The lines of a file that a run may be writing; the last may be on its way."""
-    if path.is_file():
-        for line in path.read_bytes().splitlines(keepends=True):
-            if line.endswith(b"\n"):
-                yield json.loads(line)
+        return [entry["event"] for entry in read_lines(self.folder / "events.jsonl")]
 
 
 def _of_export(folder: Path, metric: str, row_tokens: int) -> float:

@@ -15,6 +15,7 @@ import yaml
 from mlflow import MlflowClient
 from transformers import AutoModel
 
+from launcher import sweep_record
 from launcher.trial_run import Slot, TrialRun, slots
 from tests.launcher.conftest import ROOT, student
 from trainer import exits
@@ -86,7 +87,7 @@ def base(tiny_teacher: Path, tiny_corpus: Path) -> dict[str, Any]:
         "train": {"global_batch_rows": 8, "micro_batch_rows": 8, "steps": 8, "threads": 1},
         "evaluation": {"every_steps": 4, "rows": 40},
         "checkpoint": {"every_steps": 4},
-        "log": {"every_steps": 4},
+        "log": {"every_steps": 4, "report": False},
         "tracking": {"enabled": False},
     }
 
@@ -131,6 +132,15 @@ def test_one_fails_and_the_others_count(apart: Sweep) -> None:
     assert kept["output"] == str(apart.output / "best")
 
 
+def test_its_report_is_of_its_trials(apart: Sweep) -> None:
+    read = sweep_record.Sweep.read(apart.output)
+    assert [own.metric for own in read.objectives] == ["heldout/total"]
+    states = {trial.settings[RATE]: (trial.state, list(trial.values.values())) for trial in read.trials}
+    assert states == {rate: (own["state"], own["values"]) for rate, own in by_rate(apart).items()}
+    page = (apart.output / "report.html").read_text()
+    assert "<svg" in page and all(str(len(read.trials)) in page for _ in "x")
+
+
 def test_started_again_it_shows_what_it_knows(apart: Sweep) -> None:
     code, said = apart.run("--status")
     assert code == 0 and "3 of 3 trials started, 2 complete, 0 pruned, 1 failed" in said
@@ -173,7 +183,11 @@ def test_what_mlflow_shows(apart: Sweep) -> None:
     best = min(trial["values"][0] for trial in apart.trials() if trial["values"])
     assert sweep.data.metrics["best/heldout/total"] == best
     assert [sweep.data.metrics[f"trials/{state}"] for state in ("complete", "failed")] == [2, 1]
-    assert {file.path for file in client.list_artifacts(sweep.info.run_id)} == {"best.yaml", "trials.json"}
+    assert {file.path for file in client.list_artifacts(sweep.info.run_id)} == {
+        "best.yaml",
+        "report.html",
+        "trials.json",
+    }
     assert f"{best:.6g}" in sweep.data.tags["mlflow.note.content"]
 
 
