@@ -1,7 +1,7 @@
 """A process that tracks: ``python -m tests.trainer.tracked_worker URI FOLDER FIRST LAST [GROUP...]``.
 
-It logs steps FIRST to LAST, says so after each hundredth as soon as that could be a checkpoint, and waits to be
-killed, or ends well when LAST is 1000.
+It logs steps FIRST to LAST, says so after each hundredth as soon as that could be a checkpoint, and waits to
+be killed, or ends well when LAST is 1000.
 """
 
 import sys
