@@ -55,6 +55,7 @@ setup(
             "onnx",
             "onnxruntime",
             "onnxscript",
+            "playwright>=1.40",  # drives the Debian package's Chromium
             "psycopg2-binary>=2.9",
             "pytest>=8",
             "pytest-timeout>=2.3",

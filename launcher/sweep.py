@@ -256,7 +256,7 @@ def start_tracking(
     from trainer.tracking import flatten, resolve_uri
 
     settings, kept = base.tracking, RunFolder(trials.folder)
-    beside = Path(sweep.output).parent / "mlflow"
+    beside = Path(settings.folder or Path(sweep.output).parent / "mlflow")
     found = settings.uri or os.environ.get("MLFLOW_TRACKING_URI")
     goals = ", ".join(f"{own.metric} ({direction(own).value})" for own in sweep.objectives)
     with trials.alone():  # the first worker makes it

@@ -235,6 +235,7 @@ class Delivery:
         found = self._find(PATH_TAG, path)
         if not found:
             tags = {"mlflow.user": about["user"], PATH_TAG: path, MADE_BY_TAG: about["key"]}
+            tags["stage"] = "pipeline" if depth == 1 else "group"
             if parent is not None:
                 tags[PARENT_TAG] = parent
             name = about["under"][depth - 1]
