@@ -102,7 +102,7 @@ def shown(
         call(folder, ROOT / "launcher/sweep.py", "--config", folder / "sweep.yaml")
         with sync_playwright() as playwright:
             browser = playwright.chromium.launch(executable_path=CHROMIUM, args=["--no-sandbox"])
-            page = browser.new_page(viewport={"width": 1500, "height": 1000})
+            page = browser.new_context(viewport={"width": 1500, "height": 1000}).new_page()
             page.set_default_timeout(WAIT_MS)
             expect.set_options(timeout=WAIT_MS)
             yield Shown(folder, server, page)
