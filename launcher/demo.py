@@ -225,6 +225,7 @@ def conclude(config: RunConfig, table: Table, fall: float, seconds: dict[str, fl
     own = store == (ROOT / ".demo/mlflow/mlflow.db").resolve()  # where ``make ui`` looks by itself
     places = {
         "in MLflow": "make ui" if own else f"make ui STORE=sqlite:///{store}",
+        "report": f"{config.output}/report.html",
         "run folder": f"{config.output}/",
         "student": f"AutoModel.from_pretrained({str(export)!r})",
     }

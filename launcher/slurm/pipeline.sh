@@ -10,6 +10,7 @@
 #
 # A stage is one of corpus, general, task, sweep, with the arguments of its script in this folder; any number of
 # them, in any order. Options of sbatch come before it (--array=1-8 sweep ...). It prints the jobs' numbers.
+# PIPELINE=NAME in the environment puts all of them under one run of that name in MLflow.
 set -euo pipefail
 
 usage() {
@@ -25,6 +26,13 @@ submit() {
         shift
     done
     local stage="${1:-}" list="${2:-}"
+    if [[ -n ${PIPELINE:-} ]]; then
+        case "${stage}" in
+            corpus) set -- "$@" "tracking.enabled=true" "tracking.under=[${PIPELINE}]" ;;
+            sweep) ;; # its base says where it belongs
+            *) set -- "$@" "tracking.under=[${PIPELINE}]" ;;
+        esac
+    fi
     case "${stage}" in
         corpus)
             job="$(launcher/slurm/corpus.sh "${options[@]}" "${@:2}")"

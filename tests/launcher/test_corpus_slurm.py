@@ -12,6 +12,7 @@ from typing import Any
 import numpy as np
 import pytest
 import yaml
+from mlflow import MlflowClient
 
 from sharding.manifest import open_corpus
 from tests.conftest import WORDS
@@ -91,6 +92,7 @@ def test_the_pipeline_and_a_sweep_on_a_real_slurm(
     run_config: dict[str, Any],
     tiny_teacher: Path,
     tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     """Corpus (three jobs, two of them arrays), general distillation, two tasks by stages, a sweep."""
     corpus, run = tmp_path / "corpus", tmp_path / "run"
@@ -104,6 +106,10 @@ def test_the_pipeline_and_a_sweep_on_a_real_slurm(
     of_task = task_config(source, tiny_teacher)
     of_task["fine_tuning"] |= {"epochs": None, "steps": 2}
     of_task["students"] = [student("small", init=f"{run}/export/small")]
+    monkeypatch.setenv("PIPELINE", "wiki-2026")
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", f"sqlite:///{tmp_path}/mlflow.db")
+    run_config["tracking"] = of_task["tracking"] = {"enabled": True, "system_metrics": False}
+    config = written(run_config)
     (tmp_path / "task.yaml").write_text(yaml.safe_dump(of_task))
     tasks = ("sst2,mine", "--config", str(tmp_path / "task.yaml"), f"output={tmp_path}/{{task}}")
     stages = [
@@ -142,6 +148,13 @@ def test_the_pipeline_and_a_sweep_on_a_real_slurm(
         assert (tmp_path / folder / "baseline/export/small/config.json").exists()
     exported = json.loads((tmp_path / "mine/baseline/export/small/config.json").read_text())
     assert exported["architectures"] == ["BertForSequenceClassification"]
+    client = MlflowClient(tracking_uri=f"sqlite:///{tmp_path}/mlflow.db")
+    runs = client.search_runs([client.get_experiment_by_name("distillation").experiment_id])
+    names = {run.info.run_id: run.info.run_name for run in runs}
+    tree = {(run.info.run_name, names.get(run.data.tags.get("mlflow.parentRunId"))) for run in runs}
+    expected = {("wiki-2026", None), ("corpus", "wiki-2026"), ("tiny", "wiki-2026"), ("sst2", "wiki-2026")}
+    assert expected | {("sst2-data", "sst2"), ("sst2-baseline", "sst2")} <= tree
+    assert sum(run.info.run_name == "wiki-2026" for run in runs) == 1, "however many jobs made it at a time"
     trials = json.loads((tmp_path / "sweep/trials.json").read_text())["trials"]
     assert [trial["state"] for trial in trials] == ["complete", "complete"]
 
