@@ -133,7 +133,7 @@ def test_one_problem_is_one_problem(write):
 
 def test_an_unknown_key_unlike_any_lists_those_there_are(write):
     (found,) = problems(write(MINIMAL), "log.zzz=1")
-    assert found == "unknown key log.zzz; known here: every_steps"
+    assert found == "unknown key log.zzz; known here: every_steps, report"
 
 
 @pytest.mark.parametrize(
