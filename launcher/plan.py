@@ -96,11 +96,11 @@ def forecast(length: Length, tried: Size, ranks: int, forward_share: float) -> F
 
 def next_rows(tried: Sequence[Size], limit_bytes: int) -> int | None:
     """Return twice the rows of the largest size tried, where that should fit, else None."""
-    # Of one size alone no slope is known, but twice the rows take at most twice the memory.
-    most = most_rows(tried, limit_bytes) if len(tried) > 1 else None
-    fits = 2 * tried[0].peak_bytes <= SAFE_SHARE * limit_bytes if len(tried) == 1 else True
     rows = 2 * tried[-1].rows
-    return rows if fits and (most is None or rows <= most) else None
+    if len(tried) == 1:  # no slope is known yet, but twice the rows take at most twice the memory
+        return rows if 2 * tried[0].peak_bytes <= SAFE_SHARE * limit_bytes else None
+    most = most_rows(tried, limit_bytes)
+    return rows if most is None or rows <= most else None
 
 
 def most_rows(tried: Sequence[Size], limit_bytes: int) -> int | None:
