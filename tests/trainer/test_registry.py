@@ -12,7 +12,6 @@ from huggingface_hub import ModelCard
 from mlflow import MlflowClient
 from transformers import AutoTokenizer, BertConfig, BertForSequenceClassification
 
-from tests.trainer.mlflow_server import Server
 from tests.trainer.test_tracking import start
 from trainer.registry import load_registered, register
 from trainer.tracking import Run
@@ -43,14 +42,6 @@ def folder(tmp_path_factory: pytest.TempPathFactory, tiny_tokenizer: Path) -> Pa
     (folder / "model.onnx").write_bytes(b"onnx")
     ModelCard("---\nlibrary_name: transformers\n---\n\n# A card\n").save(folder / "README.md")
     return folder
-
-
-@pytest.fixture(scope="module")
-def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
-    server = Server(tmp_path_factory.mktemp("server"))
-    server.start()
-    yield server
-    server.kill()
 
 
 @pytest.fixture(scope="module", params=["sqlite", "server"])
