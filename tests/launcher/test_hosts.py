@@ -29,12 +29,13 @@ HOSTS = ("node1", "node2")
 MEET = """
 import os, sys
 from configs.schema import TimeoutConfig
-from trainer import meeting, world
+from trainer import exits, meeting, world
 try:
     meeting.connect(world.find(os.environ), os.environ, TimeoutConfig(start_s=float(sys.argv[1])))
     print("met", os.environ["GLOO_SOCKET_IFNAME"])
 except (ValueError, OSError) as error:
     print(type(error).__name__, error)
+exits.leave(0)
 """
 
 
