@@ -5,6 +5,7 @@ import math
 import re
 from collections.abc import Iterator, Mapping
 from dataclasses import replace
+from itertools import islice, product
 from pathlib import Path
 from typing import Any
 
@@ -153,6 +154,13 @@ def total_trials(sweep: SweepConfig) -> int:
         return sweep.trials
     combinations = math.prod(len(choices(axis)) for axis in sweep.space.values())
     return min(combinations, sweep.trials or combinations)
+
+
+def first_run(sweep: SweepConfig) -> dict[int, Settings]:
+    """Return settings that trials of one run may have, by number: first values, ends of ranges."""
+    combinations = product(*map(_ends, sweep.space.values()))
+    members = islice(combinations, min(sweep.packed, total_trials(sweep)))
+    return {number: dict(zip(sweep.space, values, strict=True)) for number, values in enumerate(members)}
 
 
 def _of_task(sweep: SweepConfig) -> bool:

@@ -20,6 +20,7 @@ import argparse
 import json
 import logging
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -27,8 +28,10 @@ from safetensors import SafetensorError
 from transformers import AutoTokenizer, PreTrainedModel
 
 from configs.public import log_publicly, public
+from configs.schema import TrackingConfig
 from launcher import provenance
 from launcher.card import Scores, Subject, card, read_run
+from launcher.tracked import store_in_words
 from sharding.files import new_folder
 from sharding.labels import read_labels, task_of
 from sharding.manifest import Corpus, open_corpus
@@ -54,6 +57,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     for chatty in ("httpx", "mlflow", "alembic", "onnxscript", "onnx_ir"):
         logging.getLogger(chatty).setLevel(logging.WARNING)
     try:
+        if options.dry_run:
+            rehearse(options)
+            return exits.DONE
         subject = export(options)
         if options.registry:
             register(options, subject)
@@ -82,8 +88,38 @@ def _parser() -> argparse.ArgumentParser:
         help="how far the int8 score may be from the source's, in points of 1",
     )
     parser.add_argument("--tracking-uri", help="MLflow store; the run's own if not given")
+    parser.add_argument("--dry-run", action="store_true", help="load and check everything, and write nothing")
     parser.add_argument("--no-registry", dest="registry", action="store_false", help="files alone")
     return parser
+
+
+def rehearse(options: argparse.Namespace) -> None:
+    """Say what would be done.
+
+    Raises:
+        ValueError: the model cannot be read, or a tracking server refuses.
+    """
+    model, corpus = load(options)
+    files = ", ".join([WEIGHTS, ONNX, INT8, registry.CARD])
+    log.info("dry run: %s, %d parameters, into %s", type(model).__name__, parameters(model), options.output)
+    log.info("dry run: %s; scored on %s", files, options.corpus or "nothing, without --corpus")
+    run = options.run or _run_of(options.model)
+    settings = read_run(run).config.tracking if run is not None else TrackingConfig()
+    uri = options.tracking_uri or settings.uri
+    store = store_in_words(replace(settings, enabled=options.registry, uri=uri))
+    log.info("dry run: %s. Nothing was written", store)
+
+
+def load(options: argparse.Namespace) -> tuple[PreTrainedModel, Corpus | None]:
+    """Return the model, and the corpus that judges it.
+
+    Raises:
+        ValueError: one of them cannot be read, they do not fit, or OUTPUT holds the model.
+    """
+    if options.output.resolve() in (options.model.resolve(), *options.model.resolve().parents):
+        raise ValueError(f"--output {options.output} holds --model {options.model}; name another folder")
+    corpus = open_corpus(options.corpus) if options.corpus else None
+    return load_model(options.model, corpus) if corpus is not None else load_served(options.model), corpus
 
 
 def export(options: argparse.Namespace) -> Subject:
@@ -93,10 +129,7 @@ def export(options: argparse.Namespace) -> Subject:
         ValueError: the model cannot be read, or a file gives other outputs or scores than the source.
         OSError: the disk is full or fails.
     """
-    if options.output.resolve() in (options.model.resolve(), *options.model.resolve().parents):
-        raise ValueError(f"--output {options.output} holds --model {options.model}; name another folder")
-    corpus = open_corpus(options.corpus) if options.corpus else None
-    model = load_model(options.model, corpus) if corpus is not None else load_served(options.model)
+    model, corpus = load(options)
     run = options.run or _run_of(options.model)
     with new_folder(options.output) as folder:
         forwards = write_files(options.model, model, folder)

@@ -16,6 +16,7 @@ import argparse
 import logging
 import os
 import signal
+import subprocess
 import time
 from types import FrameType
 from typing import TYPE_CHECKING
@@ -25,7 +26,16 @@ from rich.console import Console
 from configs.load import ConfigError, to_dict
 from configs.public import log_publicly, public
 from configs.schema import RunConfig
-from configs.sweep import arguments_of, direction, folder_of, load_sweep, run_of, student_of
+from configs.sweep import (
+    arguments_of,
+    direction,
+    first_run,
+    folder_of,
+    load_sweep,
+    run_of,
+    student_of,
+    total_trials,
+)
 from configs.sweep_schema import SweepConfig
 from configs.task_schema import TaskConfig
 from launcher import provenance, slurm_job
@@ -33,7 +43,7 @@ from launcher.report import REPORT, at_end
 from launcher.runfolder import RunFolder
 from launcher.sweep_results import ENDED, TRIALS, counts, judged, table, write_results
 from launcher.trial_run import TrialRun, slots
-from launcher.trials import KEPT, Open, Taken, Trials
+from launcher.trials import FOLDER, KEPT, Open, Taken, Trials
 from trainer import exits
 
 if TYPE_CHECKING:
@@ -53,6 +63,7 @@ def main() -> int:
     )
     parser.add_argument("--config", help="YAML file")
     parser.add_argument("--status", action="store_true", help="show the trials, start nothing")
+    parser.add_argument("--dry-run", action="store_true", help="check everything, and do nothing")
     parser.add_argument("--worker", action="store_true", help="leave when nothing is left to start")
     parser.add_argument("overrides", nargs="*", help="key=value, such as jobs=2")
     arguments = parser.parse_args()
@@ -63,6 +74,8 @@ def main() -> int:
         sweep, base = load_sweep(arguments.config, arguments.overrides)
         if arguments.status and not Path(sweep.output, KEPT).is_file():
             raise ValueError(f"output={sweep.output} holds no sweep; start it without --status")
+        if arguments.dry_run:
+            return rehearse(sweep, base)
         trials = Trials(sweep, base)
         if arguments.status:
             show(trials)
@@ -71,6 +84,22 @@ def main() -> int:
     except (ValueError, OSError) as error:
         print(public(f"\nerror: {error}"), file=sys.stderr, flush=True)
         return exits.of(error)
+
+
+def rehearse(sweep: SweepConfig, base: RunConfig | TaskConfig) -> int:
+    """Say what the sweep would do, and let a run of it check all that it needs; return its exit code."""
+    log.info(
+        "dry run: %d trials over %s, packed=%d, jobs=%d, into %s; one run of them:",
+        total_trials(sweep),
+        ", ".join(sweep.space),
+        sweep.packed,
+        sweep.jobs,
+        sweep.output,
+    )
+    output = Path(sweep.output, FOLDER, "0000")
+    script = Path(__file__).resolve().parent / f"{sweep.launcher.value}.py"
+    arguments = arguments_of(sweep, base, first_run(sweep), output, None)
+    return subprocess.run([sys.executable, str(script), "--dry-run", *arguments], check=False).returncode
 
 
 def show(trials: Trials) -> None:

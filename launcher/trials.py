@@ -41,8 +41,8 @@ FREE = ("jobs", "trials", "output")
 Open: TypeAlias = optuna.Trial
 """A trial without an outcome."""
 
-KEPT = "sweep.yaml"
-"""What the sweep is, in its folder."""
+KEPT, FOLDER = "sweep.yaml", "trials"
+"""In the sweep's folder: what it is, and its runs."""
 
 
 @dataclass
@@ -91,7 +91,7 @@ class Trials:
             ValueError: it cannot be used, or ``output`` has no file locks.
         """
         self.sweep, self.folder = sweep, Path(sweep.output)
-        self.logs = self.folder / "trials"
+        self.logs = self.folder / FOLDER
         self.total = total_trials(sweep)
         self._axes = {key: choices(axis) for key, axis in sweep.space.items()}
         self._reported: dict[int, set[int]] = {}  # steps, by trial

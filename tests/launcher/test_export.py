@@ -1,6 +1,7 @@
 """``launcher/export.py`` on a classifier, a task corpus and a run folder; scores worked out from texts."""
 
 import json
+import logging
 from pathlib import Path
 from typing import Any
 
@@ -148,6 +149,20 @@ def test_an_int8_score_that_falls_too_far_leaves_nothing(
     assert "allowed is -1.0. Allow more with --int8-tolerance" in capsys.readouterr().err
     assert [path.name for path in output.iterdir()] == ["old"]
     assert [path.name for path in tmp_path.glob(".*partial")] == []
+
+
+def test_a_dry_run_checks_and_writes_nothing(
+    tmp_path: Path, model: Path, corpus: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    caplog.set_level(logging.INFO)
+    arguments = ["--model", str(model), "--output", str(tmp_path / "out"), "--dry-run"]
+    assert main([*arguments, "--corpus", str(corpus)]) == 0
+    said = caplog.text
+    assert "BertForSequenceClassification" in said and f"scored on {corpus}" in said and "model.onnx" in said
+    assert main([*arguments, "--corpus", str(tmp_path / "none")]) == 2
+    assert main([*arguments, "--tracking-uri", "http://127.0.0.1:9/"]) == 0
+    assert "does not answer" in caplog.text
+    assert not (tmp_path / "out").exists() and not (tmp_path / "mlflow").exists()
 
 
 def test_a_general_student_is_exported_as_the_encoder_that_it_is(

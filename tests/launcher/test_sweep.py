@@ -285,6 +285,19 @@ def test_a_machine_in_parts(jobs: int, cores: int, devices: int, expected: list[
     assert [(slot.cores, slot.devices) for slot in found] == expected
 
 
+def test_a_dry_run_checks_a_run_and_writes_nothing(
+    tmp_path: Path, base: dict[str, Any], space: dict[str, Any]
+) -> None:
+    sweep = Sweep(tmp_path, base, space=space, packed=2)
+    code, said = sweep.run("--dry-run")
+    assert code == 0 and f"3 trials over {RATE}, packed=2, jobs=1, into" in said, said
+    assert "dry run: students trial-0000, trial-0001 from teacher" in said
+    missing = Sweep(tmp_path, {**base, "data": {"corpus": str(tmp_path / "none")}}, space=space)
+    code, said = missing.run("--dry-run")
+    assert code == 2 and f"{tmp_path}/none" in said, "which only the run can know"
+    assert not sweep.output.exists()
+
+
 def test_what_is_wrong_is_said_before_anything_starts(tmp_path: Path, base: dict[str, Any]) -> None:
     sweep = Sweep(tmp_path, base, space={"students.0.optimizer.lrr": {"values": [1]}}, packed=0)
     code, said = sweep.run()
