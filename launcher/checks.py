@@ -6,6 +6,7 @@ from configs.validate import check_batch
 from sharding.corpora import Corpora, open_corpora
 from sharding.tokens import check_tokenizer
 from trainer import encoders, memory, models, shapes
+from trainer.capture import Need
 from trainer.memory import Memory
 from trainer.probes import open_probes
 from trainer.teacher import check_machine
@@ -57,20 +58,27 @@ def check(config: RunConfig, place: World) -> Corpora:
     return corpora
 
 
+def needed(config: RunConfig, corpora: Corpora) -> Need:
+    """Return what the run needs of its teacher; ``Need()`` where students learn from labels alone."""
+    shape = encoders.load_teacher_config(config.teacher)
+    return teacher_need([shapes.transfer(student, shape, corpora.task) for student in config.students])
+
+
 def teacher_memory(config: RunConfig, place: World, corpora: Corpora) -> dict[Placement, Memory]:
     """Return what every placement of the run's teacher takes."""
-    shape = encoders.load_teacher_config(config.teacher)
-    need = teacher_need([shapes.transfer(student, shape, corpora.task) for student in config.students])
+    shape, need = encoders.load_teacher_config(config.teacher), needed(config, corpora)
     seq_len = max(corpus.manifest.seq_len for corpus in corpora.corpora)
     return memory.placements(config.teacher, shape, need, place, config.train.micro_batch_rows, seq_len)
 
 
 def check_memory(config: RunConfig, place: World, corpora: Corpora) -> None:
-    """Refuse a teacher that does not fit as it is placed.
+    """Refuse a teacher that the run needs and that does not fit as it is placed.
 
     Raises:
         ConfigError: names what would fit.
     """
+    if needed(config, corpora) == Need():
+        return
     found, free = teacher_memory(config, place, corpora), memory.free_memory(place.device)
     if problems := memory.check_fits(config.teacher, found, place, free):
         raise ConfigError(problems)

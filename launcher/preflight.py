@@ -8,6 +8,7 @@ how far the teacher's precision takes the losses from float32. It writes nothing
 Start it as the run will be started, and what it measures is the run's own:
 
     deepspeed launcher/preflight.py --config FILE          srun python launcher/preflight.py --config FILE
+    deepspeed launcher/preflight.py --config TASK stage=intermediate
 
 As a plain process it measures one rank; ``--ranks`` then says for how many the plan is made.
 """
@@ -38,8 +39,9 @@ from rich.table import Table
 from configs.load import ConfigError, load_config
 from configs.public import log_publicly, public
 from configs.schema import Placement, Precision, Quantization, RunConfig
-from launcher import plan
-from launcher.checks import check, teacher_memory
+from configs.task import TRAINING, stage_config
+from launcher import plan, task
+from launcher.checks import check, check_memory, needed, teacher_memory
 from launcher.facts import facts
 from launcher.plan import Forecast, Length
 from launcher.tracked import store_in_words
@@ -48,7 +50,8 @@ from launcher.wording import duration
 from sharding.corpora import Corpora
 from sharding.stream import sequential
 from trainer import encoders, engine, exits, meeting, memory, shapes, world
-from trainer.capture import Captured
+from trainer.capture import Captured, Need
+from trainer.columns import Columns
 from trainer.deviation import deviations
 from trainer.evaluation import Encode
 from trainer.loop import total_steps
@@ -76,7 +79,7 @@ def main() -> int:
     log_publicly(logging.WARNING)
     is_main = world.is_main(os.environ)
     try:
-        config = load_config(RunConfig, arguments.config, arguments.overrides)
+        config = load(arguments.config, arguments.overrides)
         preflight(config, arguments, Console(quiet=not is_main, width=None if sys.stdout.isatty() else 120))
     except (ValueError, OSError) as error:
         if is_main:
@@ -85,6 +88,21 @@ def main() -> int:
     if dist.is_initialized():
         world.disconnect()
     return exits.DONE
+
+
+def load(path: str | None, overrides: list[str]) -> RunConfig:
+    """Return the run to prepare; with ``stage=...`` among the overrides, that of a task's stage.
+
+    Raises:
+        ConfigError: something is wrong with it, or the stage trains nothing.
+    """
+    if not any(text.startswith("stage=") for text in overrides):
+        return load_config(RunConfig, path, overrides)
+    stage, config = task.load(path, overrides)
+    if stage not in TRAINING:
+        raise ConfigError([f"stage={stage} trains nothing; give one of stage={'|'.join(TRAINING)}"])
+    run = stage_config(config, stage, task.learners(config, stage))
+    return replace(run, teacher=replace(run.teacher, logits_folder=None))  # it would be written to
 
 
 def preflight(config: RunConfig, arguments: argparse.Namespace, console: Console) -> None:
@@ -103,9 +121,12 @@ def preflight(config: RunConfig, arguments: argparse.Namespace, console: Console
     if here.is_main:  # the store that it logs to
         console.print(f"{store_in_words(config.tracking)}", highlight=False)
     free, found = memory.free_memory(here.device), teacher_memory(config, planned, corpora)
-    console.print(placement_table(config, found, planned, free))
-    if problems := memory.check_fits(config.teacher, found, planned, free):
-        raise ConfigError(problems)
+    taught = needed(config, corpora) != Need()
+    if taught:
+        console.print(placement_table(config, found, planned, free))
+        check_memory(config, planned, corpora)
+    else:
+        console.print("No teacher is loaded: labels are all that is learned from.")
     if arguments.no_run:
         return
     meeting.connect(here, os.environ, config.timeouts, facts(config, corpora))
@@ -121,7 +142,7 @@ def preflight(config: RunConfig, arguments: argparse.Namespace, console: Console
         console.print(f"- {line}", highlight=False)
     if problems := disk_problems(config, tried):
         raise ConfigError(problems)
-    if here.is_main:  # it needs no other rank
+    if here.is_main and taught:  # it needs no other rank
         whole_fits = memory.fits(found[Placement.replicated], replace(here, local_size=1), free)
         device = here.device if whole_fits else torch.device("cpu")
         alone = World(0, 1, 0, 1, device)
@@ -298,7 +319,8 @@ def deviation_table(config: RunConfig, corpora: Corpora, place: World) -> Table:
     rows = min(config.train.micro_batch_rows, MOST_ROWS)
     batch = next(sequential(corpora.corpora[0], "train", rows=rows, batch_rows=rows, rank=0, world_size=1))
     separator = corpora.separator if config.data.separate_documents else None
-    inputs = Inputs.of(batch, slice(None), place.device, separator)
+    columns = Columns.read(corpora, "train")
+    inputs = Inputs.of(batch, slice(None), place.device, separator, columns)
     # All placements compute the same.
     own = replace(config.teacher, placement=Placement.replicated, offload_folder=None)
     exact = replace(own, precision=Precision.fp32, quantization=Quantization.none, compile=False)

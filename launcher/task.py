@@ -55,14 +55,9 @@ def run(arguments: argparse.Namespace, stations: Stations) -> int:
     """Do the stage that the arguments name."""
     place = world.find(os.environ)
 
-    def load() -> tuple[str, TaskConfig]:
-        named = [text.partition("=")[2] for text in arguments.overrides if text.startswith("stage=")]
-        others = [text for text in arguments.overrides if not text.startswith("stage=")]
-        if len(named) != 1 or named[0] not in STAGES:
-            raise ConfigError([f"stage={','.join(named) or 'nothing'}: give one of stage={'|'.join(STAGES)}"])
-        return named[0], load_config(TaskConfig, arguments.config, others)
-
-    stage, config = meeting.or_tell(place, os.environ, None, load)
+    stage, config = meeting.or_tell(
+        place, os.environ, None, lambda: load(arguments.config, arguments.overrides)
+    )
     if stage in ("data", "augment") and arguments.dry_run:
         if place.is_main:
             log.info("dry run: the settings of stage=%s are sound, into %s", stage, config.output)
@@ -90,6 +85,19 @@ def run(arguments: argparse.Namespace, stations: Stations) -> int:
     return job.distil(
         stage_config(config, stage, students), stations, arguments.profile_steps, arguments.dry_run
     )
+
+
+def load(path: str | None, overrides: list[str]) -> tuple[str, TaskConfig]:
+    """Return the stage that ``stage=...`` among the overrides names, and the task's config.
+
+    Raises:
+        ConfigError: there is no such stage, or something is wrong with the config.
+    """
+    named = [text.partition("=")[2] for text in overrides if text.startswith("stage=")]
+    others = [text for text in overrides if not text.startswith("stage=")]
+    if len(named) != 1 or named[0] not in STAGES:
+        raise ConfigError([f"stage={','.join(named) or 'nothing'}: give one of stage={'|'.join(STAGES)}"])
+    return named[0], load_config(TaskConfig, path, others)
 
 
 def tracked(config: TaskConfig, stage: str, output: str) -> AbstractContextManager[None]:

@@ -1,6 +1,7 @@
 """launcher/preflight.py on a real configuration, as a process."""
 
 import re
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -9,11 +10,16 @@ from typing import Any
 
 import torch
 import yaml
+from transformers import AutoModelForSequenceClassification
 
+from configs.load import from_dict
 from configs.schema import DataConfig
+from configs.task_schema import TaskConfig
 from launcher.trial import full_batch
+from sharding import task_corpus
 from sharding.corpora import open_corpora
 from tests.launcher.conftest import ROOT, command
+from tests.launcher.test_task import task_config, write_task
 from trainer.world import World
 
 
@@ -83,6 +89,31 @@ def test_ranks_try_the_run_out_and_print_a_plan(run_config: dict[str, Any], tmp_
     assert any(name.startswith("students") and name.endswith("ZeRO 3") for name in parts)
     assert "deepspeed.zero_stage=2 fits as well" in told
     assert not Path(run_config["output"]).exists()
+
+
+def test_a_stage_of_a_task_is_tried_out_as_what_it_learns_from(tmp_path: Path, tiny_teacher: Path) -> None:
+    """Labels mixed with the teacher's logits, then labels alone; a stage that trains nothing is refused."""
+    for rows in (400, 60):
+        write_task(tmp_path, rows)
+    config = task_config(tmp_path, tiny_teacher)
+    finetuned = tmp_path / "finetuned"
+    config["finetuned"] = str(shutil.copytree(tiny_teacher, finetuned))
+    names = {"negative": 0, "positive": 1}
+    AutoModelForSequenceClassification.from_pretrained(finetuned, label2id=names).save_pretrained(finetuned)
+    config["prediction"]["losses"] = {"logits": 1.0, "labels": 0.5}
+    config["start"] = "init"
+    task_corpus.build(from_dict(TaskConfig, config))
+    before = sorted(tmp_path.rglob("*"))
+    mixed = preflight(tmp_path, config, "stage=prediction", "teacher.precision=bf16")
+    assert mixed.returncode == 0, mixed.stderr
+    assert set(deviations(mixed.stdout)) == {"loss"} and "50 steps on 1 rank" in mixed.stdout
+    alone = preflight(tmp_path, config, "stage=baseline")
+    assert alone.returncode == 0, alone.stderr
+    assert "labels are all that is learned from" in alone.stdout and "200 steps on 1 rank" in alone.stdout
+    assert not deviations(alone.stdout) and "replicated (configured)" not in alone.stdout
+    data = preflight(tmp_path, config, "stage=data")
+    assert data.returncode == 2 and "stage=data trains nothing" in data.stderr
+    assert set(tmp_path.rglob("*")) - set(before) == {tmp_path / "run.yaml"}
 
 
 def test_the_trials_rows_are_full(tiny_corpus: Path) -> None:
