@@ -28,7 +28,7 @@ def parts(source: SourceConfig, part_rows: int = PART_ROWS, most_parts: int = MO
 
     Raises: CorpusError when `datasets` cannot read the source.
     """
-    with _failures(source):
+    with failures(_named(source)):
         rows = _rows(source.path, source.subset, source.split, source.revision)
         streamed = hasattr(rows, "num_shards")
         if streamed:
@@ -50,7 +50,7 @@ def documents(source: SourceConfig, part: Part) -> Iterator[Document]:
     Raises: CorpusError naming the row.
     """
     assert part.stop is not None
-    with _failures(source):
+    with failures(_named(source)):
         rows = _rows(source.path, source.subset, source.split, source.revision)
         if hasattr(rows, "num_shards"):
             for shard in range(part.start, part.stop):
@@ -75,14 +75,17 @@ def _rows(path: str, subset: str | None, split: str, revision: str | None) -> An
 
 
 @contextlib.contextmanager
-def _failures(source: SourceConfig) -> Iterator[None]:
+def failures(source: str) -> Iterator[None]:
     """Everything from a missing network to a missing split: `datasets` has exceptions of many kinds."""
     try:
         yield
     except (CorpusError, GeneratorExit):
         raise
     except Exception as error:
-        raise CorpusError(
-            f"source.path={source.path} (subset {source.subset}, split {source.split}, revision "
-            f"{source.revision}) cannot be read by `datasets`: {type(error).__name__}: {error}"
-        ) from error
+        said = f"{type(error).__name__}: {error}"
+        raise CorpusError(f"{source} cannot be read by `datasets`: {said}") from error
+
+
+def _named(source: SourceConfig) -> str:
+    own = f"subset {source.subset}, split {source.split}, revision {source.revision}"
+    return f"source.path={source.path} ({own})"

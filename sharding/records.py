@@ -3,7 +3,6 @@ but this also as .gz, .xz or .bz2), data sets that ``datasets`` saved, and hub n
 """
 
 import codecs
-import contextlib
 import csv
 import io
 import re
@@ -14,6 +13,7 @@ from typing import Any
 from configs.task_schema import TaskKind, TaskSourceConfig
 from sharding.documents import COMPRESSIONS, content, json_record, open_file, utf8
 from sharding.glue import Task
+from sharding.hub import failures
 from sharding.manifest import CorpusError
 from sharding.sources import DAMAGE
 
@@ -58,7 +58,7 @@ class Source:
             raise CorpusError(f"source.path={self.config.path} has no split {split}, only {self._names}")
         for name in self.splits[split]:
             if self.datasets is not None:
-                with _failures(self.config):
+                with failures(_named(self.config)):
                     yield from rows_of(self.datasets[name], self.task, f"{self.config.path} {name}")
             else:
                 yield from _file(Path(name), self.task, broken)
@@ -93,7 +93,7 @@ def _folder(config: TaskSourceConfig, task: Task) -> Path | None:
 def _datasets(config: TaskSourceConfig, task: Task) -> Mapping[Any, Any]:
     import datasets
 
-    with _failures(config):
+    with failures(_named(config)):
         path = Path(config.path).expanduser()
         if (path / "dataset_dict.json").exists():
             return datasets.load_from_disk(str(path))
@@ -114,18 +114,9 @@ def hub_splits(path: str, subset: str | None, revision: str | None) -> Mapping[A
     return datasets.load_dataset(path, subset, revision=revision, streaming=True)
 
 
-@contextlib.contextmanager
-def _failures(config: TaskSourceConfig) -> Iterator[None]:
-    """Everything from a missing network to a missing subset: ``datasets`` has exceptions of many kinds."""
-    try:
-        yield
-    except (CorpusError, GeneratorExit):
-        raise
-    except Exception as error:
-        raise CorpusError(
-            f"source.path={config.path} (subset {config.subset}, revision {config.revision}) is no folder, "
-            f"and cannot be read by `datasets`: {type(error).__name__}: {error}"
-        ) from error
+def _named(config: TaskSourceConfig) -> str:
+    own = f"subset {config.subset}, revision {config.revision}"
+    return f"source.path={config.path} ({own}) is no folder, and"
 
 
 def _files(folder: Path, config: TaskSourceConfig) -> dict[str, tuple[str, ...]]:

@@ -13,14 +13,8 @@ from tests.launcher.conftest import ROOT
 from tests.trainer.mlflow_server import Server, wait_for
 from tests.trainer.test_tracking import points, start
 from tests.trainer.tracked_worker import LAST
-from trainer import delivery, outbox
 
-
-@pytest.fixture(autouse=True)
-def _environment(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.delenv("MLFLOW_TRACKING_URI", raising=False)
-    monkeypatch.setattr(outbox, "SEND_EVERY_S", 0.2)
-    monkeypatch.setattr(delivery, "SETTLE_S", 0.2)
+pytestmark = pytest.mark.usefixtures("promptly")
 
 
 def job(uri: str, folder: Path, first: int, last: int, *under: str) -> subprocess.Popen[str]:

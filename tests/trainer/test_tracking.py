@@ -16,17 +16,12 @@ from mlflow import MlflowClient
 
 from configs.schema import Precision
 from tests.trainer.mlflow_server import Server
-from trainer import delivery, outbox, tracking_store
+from trainer import tracking_store
 from trainer.journal import Journal
 from trainer.tracking import Run, flatten, resolve_uri
 from trainer.tracking_store import TrackingError
 
-
-@pytest.fixture(autouse=True)
-def _environment(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.delenv("MLFLOW_TRACKING_URI", raising=False)
-    monkeypatch.setattr(outbox, "SEND_EVERY_S", 0.2)
-    monkeypatch.setattr(delivery, "SETTLE_S", 0.2)
+pytestmark = pytest.mark.usefixtures("promptly")
 
 
 @pytest.fixture(params=["sqlite", "server"])
