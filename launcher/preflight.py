@@ -38,8 +38,9 @@ from rich.table import Table
 
 from configs.load import ConfigError, load_config
 from configs.public import log_publicly, public
-from configs.schema import Placement, Precision, Quantization, RunConfig
+from configs.schema import Offload, Placement, Precision, Quantization, RunConfig
 from configs.task import TRAINING, stage_config
+from configs.validate import check_batch
 from launcher import plan, task
 from launcher.checks import check, check_memory, needed, teacher_memory
 from launcher.facts import facts
@@ -214,21 +215,37 @@ def advice(config: RunConfig, tried: Trial, planned: World, corpora: Corpora) ->
     own, settings = tried.sizes[0], config.deepspeed
     expected = plan.forecast(length(config, corpora), own, planned.size, tried.forward_share)
     others = tried.parts.process + tried.parts.teacher + tried.parts.activations
+    offloaded = _offloaded(config, world.find(os.environ))
     stages = range(4) if settings.precision is Precision.fp32 else range(1, 4)
     totals = {
         stage: others
         + sum(
-            sum(plan.student_bytes(count, stage, settings.precision, planned.size).values())
+            size
             for count in tried.parameters.values()
+            for part, size in plan.student_bytes(count, stage, settings.precision, planned.size).items()
+            if part not in offloaded
         )
         for stage in stages
     }
+    dealt = [  # that the global batch can be dealt in
+        size
+        for size in tried.sizes
+        if not check_batch(replace(config.train, micro_batch_rows=size.rows), planned.size)
+    ]
     return [
         forecast_line(expected, total_steps(config, corpora), planned),
         plan.stage_advice(totals, settings.zero_stage, tried.limit_bytes),
-        plan.batch_advice(tried.sizes, plan.most_rows(tried.sizes, tried.limit_bytes)),
+        plan.batch_advice(dealt, plan.most_rows(tried.sizes, tried.limit_bytes)),
         f"checkpoints take {gib(checkpoint_bytes(config, tried))} of disk at {config.output}",
     ]
+
+
+def _offloaded(config: RunConfig, place: World) -> set[str]:
+    """Return the parts of a student that take nothing of the device: on CPU host and device are one."""
+    if place.device.type != "cuda":
+        return set()
+    where = {"optimizer": config.deepspeed.offload_optimizer, "weights": config.deepspeed.offload_parameters}
+    return {part for part, own in where.items() if own is not Offload.none}
 
 
 def length(config: RunConfig, corpora: Corpora) -> Length:

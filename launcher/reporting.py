@@ -94,9 +94,9 @@ class Reporter:
             log.info("the teacher has %s on held-out rows", in_words(run.teacher_score))
         if resumed:
             log.info("resumed at step %d (%d rows consumed)", run.progress.step, run.progress.rows)
-        for name, reason in run.progress.retired.items():
-            self.retired(name, reason)
         self.event("started", ranks=run.world.size, host=socket.gethostname(), resumed=resumed)
+        for name, reason in run.progress.retired.items():
+            self._tell_retired(name, reason)
         if run.teacher_score:
             self.event("teacher", scores={f"score/{name}": own for name, own in run.teacher_score.items()})
         if self.tracked is not None:
@@ -245,9 +245,12 @@ class Reporter:
         return newest
 
     def retired(self, name: str, reason: str) -> None:
-        """Say loudly that a student has failed, and mark its run."""
-        log.warning("student %s has FAILED and is retired: %s. The other students go on", name, reason)
+        """Say loudly that a student has failed, keep it, and mark its run."""
+        self._tell_retired(name, reason)
         self.event("retired", student=name, reason=reason)
+
+    def _tell_retired(self, name: str, reason: str) -> None:
+        log.warning("student %s has FAILED and is retired: %s. The other students go on", name, reason)
         if self.tracked is not None:
             self.tracked.fail(name, reason)
 

@@ -306,10 +306,12 @@ def wall_clock(record: Record) -> dict[str, float]:
         own = [line for line in record.logged if ready <= when(line) <= life.end]
         if not own:  # nothing was logged: nobody knows better
             spent["training"] += (life.end - ready).total_seconds()
+        back = [event for event in record.events if event["event"] == "rolled_back"]
         step = life.first_step + 1  # that one is part of starting
-        for line in own:
-            spent["training"] += (line["step"] - step) * line["run"]["speed/step_s"]
-            spent["waiting for saves"] += line["run"].get("time/checkpoint_s", 0.0)
+        for line in sorted([*own, *(e for e in back if ready <= when(e) <= life.end)], key=when):
+            if "run" in line:
+                spent["training"] += (line["step"] - step) * line["run"]["speed/step_s"]
+                spent["waiting for saves"] += line["run"].get("time/checkpoint_s", 0.0)
             step = line["step"]
     whole = (lives[-1].end - lives[0].start).total_seconds()
     spent["evaluation, exports, rest"] = max(0.0, whole - sum(spent.values()))

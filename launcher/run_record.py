@@ -55,9 +55,9 @@ def read_lines(path: Path) -> list[Line]:
     return found
 
 
-def latest(lines: Iterable[Line]) -> list[Line]:
+def latest(lines: Iterable[Line], last_step: int) -> list[Line]:
     """Return what counts of a run that repeats steps: a line takes the place of its own step's and student's
-    before it, and of all that lay ahead of it. By step, ascending."""
+    before it, and of all that lay ahead of it; none is ahead of ``last_step``. By step, ascending."""
     kept: dict[tuple[int, str], Line] = {}
     for line in lines:
         while kept and next(reversed(kept))[0] > line["step"]:
@@ -65,7 +65,7 @@ def latest(lines: Iterable[Line]) -> list[Line]:
         key = (line["step"], line.get("student", ""))
         kept.pop(key, None)
         kept[key] = line
-    return list(kept.values())
+    return [line for line in kept.values() if line["step"] <= last_step]
 
 
 @dataclass(frozen=True)
@@ -103,6 +103,8 @@ class Record:
     events: list[Line]
     logged: list[Line]
     """Of ``metrics.jsonl``, in the order of writing, repeated steps and all."""
+    last_step: int
+    """The last step that the run has told of, 0 before the first; nothing ahead of it counts."""
     evaluations: list[Line]
     probes: list[Line]
 
@@ -122,14 +124,17 @@ class Record:
                 f"{folder} is not the folder of a run: it has no config.yaml that names students; give the "
                 "output of launcher/general.py or of a stage of launcher/task.py, or the folder of a sweep"
             )
+        events, logged = read_lines(folder / "events.jsonl"), read_lines(folder / FIGURES)
+        last_step = _furthest(events, logged)
         return cls(
             folder=folder,
             config=config,
             **{name: _read_json(folder / f"{name}.json") for name in ("origin", "summary", "deepspeed")},
-            events=read_lines(folder / "events.jsonl"),
-            logged=read_lines(folder / FIGURES),
-            evaluations=latest(read_lines(folder / "evaluations.jsonl")),
-            probes=latest(read_lines(folder / "probes.jsonl")),
+            events=events,
+            logged=logged,
+            last_step=last_step,
+            evaluations=latest(read_lines(folder / "evaluations.jsonl"), last_step),
+            probes=latest(read_lines(folder / "probes.jsonl"), last_step),
         )
 
     @property
@@ -145,13 +150,7 @@ class Record:
     @cached_property
     def points(self) -> list[Line]:
         """What counts of ``logged``, by step."""
-        return latest(self.logged)
-
-    @property
-    def last_step(self) -> int:
-        """The last step that the run has told of, 0 before the first."""
-        lines = [*self.points[-1:], *self.evaluations[-1:], *self.events[-1:]]
-        return max((int(line["step"]) for line in lines), default=0)
+        return latest(self.logged, self.last_step)
 
     @property
     def teacher_scores(self) -> dict[str, float]:
@@ -242,6 +241,15 @@ def _life(events: list[Line], following: list[Line] | None, logged: list[Line]) 
         ranks=events[0].get("ranks", 0),
         host=events[0].get("host", ""),
     )
+
+
+def _furthest(events: list[Line], logged: list[Line]) -> int:
+    """Return the last step done since the run was last started or rolled back."""
+    back = [index for index, event in enumerate(events) if event["event"] in ("started", "rolled_back")]
+    if not back:
+        return max((line["step"] for line in [*events, *logged]), default=0)
+    own = events[back[-1] :]
+    return max(line["step"] for line in [*own, *(line for line in logged if when(line) >= when(own[0]))])
 
 
 def _read_json(path: Path) -> dict[str, Any]:

@@ -26,11 +26,15 @@ class Job:
     def __init__(self, environment: Mapping[str, str]) -> None:
         self._environment = environment
         self.id = environment["SLURM_JOB_ID"]
+        self.name = self.id
+        """By which Slurm knows it alone: one task of an array has the number of the whole array."""
+        if "SLURM_ARRAY_JOB_ID" in environment:
+            self.name = f"{environment['SLURM_ARRAY_JOB_ID']}_{environment['SLURM_ARRAY_TASK_ID']}"
         self.wanted = int(environment["SLURM_JOB_NUM_NODES"])  # it may lose some on the way: --no-kill
 
     def nodes(self) -> list[str]:
         """Return its nodes that answer, in order."""
-        names = _facts(_ask("scontrol", "show", "job", "-o", self.id)).get("NodeList")
+        names = _facts(_ask("scontrol", "show", "job", "-o", self.name)).get("NodeList")
         names = names or self._environment["SLURM_JOB_NODELIST"]
         found = [_facts(line) for line in _ask("scontrol", "show", "node", "-o", names).splitlines()]
         return [node["NodeName"] for node in found if not any(state in node["State"] for state in _GONE)]
@@ -65,9 +69,9 @@ class Job:
         Returns:
             Whether Slurm took it.
         """
-        taken = subprocess.run(["scontrol", "requeue", self.id]).returncode == 0
+        taken = subprocess.run(["scontrol", "requeue", self.name]).returncode == 0
         if taken and without:  # only a pending job can be told so, which it has been since just now
-            _ask("scontrol", "update", f"JobId={self.id}", f"ExcNodeList={','.join(without)}")
+            _ask("scontrol", "update", f"JobId={self.name}", f"ExcNodeList={','.join(without)}")
         return taken
 
 

@@ -200,7 +200,7 @@ class Worker:
                     raise ValueError(reason)
                 metrics = [objective.metric for objective in self.sweep.objectives]
                 values = [run.value(metric, student, self.sweep.row_tokens) for metric in metrics]
-            except (ValueError, OSError) as error:
+            except Exception as error:  # judging runs the student, and models raise anything
                 if waiting and not finished:
                     log.info("trial %d has stopped, and goes on when it is its turn", number)
                 else:

@@ -41,7 +41,7 @@ class Dimension:
 
 def dimension(name: str, values: Sequence[Any]) -> Dimension:
     """Return the axis for these values: numbers, logarithmic where they span a decade or more, or names."""
-    if any(isinstance(value, (bool, str)) or value is None for value in values):
+    if any(isinstance(value, bool) or not isinstance(value, int | float) for value in values):
         names = sorted({str(value) for value in values})
         places = {
             own: 0.5 if len(names) == 1 else index / (len(names) - 1) for index, own in enumerate(names)

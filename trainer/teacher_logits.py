@@ -8,6 +8,7 @@ Letters: S sequence, C outputs.
 """
 
 import logging
+import uuid
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -75,7 +76,8 @@ class TeacherLogits:
                 rows.append(batch.row_B.numpy())
                 found.append(own)
         self.folder.mkdir(parents=True, exist_ok=True)
-        parts = [path.with_suffix(f".part-{rank}-of-{size}.npz") for rank in range(size)]
+        job = on_main(self.world, lambda: uuid.uuid4().hex)  # another may be computing the same
+        parts = [path.with_suffix(f".{job}-{rank}-of-{size}.npz") for rank in range(size)]
         with new_file(parts[self.world.rank]) as file:
             np.savez(
                 file,

@@ -4,6 +4,7 @@ Where only the supervisor and Slurm matter, a script stands for the run: ``PYTHO
 """
 
 import signal
+import sys
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -141,6 +142,26 @@ def test_a_sweeps_worker_is_queued_again_and_its_trial_goes_on(
     assert started["step"] == stopped["step"] and slurm.about(job)["Restarts"] == "1"
     slurm.ask("scancel", job)
     slurm.wait(job, {"CANCELLED"})
+
+
+def test_a_task_of_an_array_is_queued_again_alone(slurm: Cluster, tmp_path: Path) -> None:
+    """One task of an array has the number of the whole array."""
+    script = tmp_path / "task.sh"
+    again = "from launcher import slurm_job; assert slurm_job.of_this_process().requeue([])"
+    script.write_text(
+        "#!/bin/bash\n"
+        f'echo "$SLURM_JOB_ID ${{SLURM_RESTART_COUNT:-0}}" >> {tmp_path}/$SLURM_ARRAY_TASK_ID\n'
+        f"until [[ -e {tmp_path}/1 && -e {tmp_path}/2 ]]; do sleep 0.1; done\n"
+        "if [[ $SLURM_JOB_ID == $SLURM_ARRAY_JOB_ID && -z $SLURM_RESTART_COUNT ]]; then\n"
+        f"    {sys.executable} -c '{again}'; sleep 60\n"
+        "fi\n"
+        f"until grep -q ' 1' {tmp_path}/[12]; do sleep 0.1; done\n"
+    )
+    array = slurm.sbatch("--array=1-2", "--nodes=1", "--requeue", *ONE_TASK, str(script))
+    slurm.wait_for_all(array, {"COMPLETED"})
+    starts = sorted((tmp_path / task).read_text().split() for task in "12")
+    assert sorted(map(len, starts)) == [2, 4], "the other one was left alone"
+    assert max(starts, key=len) == [array, "0", array, "1"]
 
 
 def test_without_its_first_node_it_goes_on_on_the_other(

@@ -127,6 +127,8 @@ def test_axes_fit_their_values() -> None:
     assert wide.place(1e-3) == pytest.approx(2 / 3)
     few = dimension("layers", [6, 2, 4, 6])
     assert few.ticks == [(0.0, "2"), (0.5, "4"), (1.0, "6")]
+    lists = dimension("layer_map", [[3, 6, 9, 12], [1, 4, 8, 12], [3, 6, 9, 12]])
+    assert lists.place([1, 4, 8, 12]) == 0 and lists.place([3, 6, 9, 12]) == 1 and len(lists.ticks) == 2
     named = dimension("projection", ["shared", None, "separate"])
     assert [text for _, text in named.ticks] == ["None", "separate", "shared"] and named.place("shared") == 1
     assert dimension("flag", [True, False]).place(True) == 1

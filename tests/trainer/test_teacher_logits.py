@@ -11,6 +11,7 @@ from sharding.labels import read_labels, task_of
 from sharding.manifest import open_corpus
 from sharding.stream import sequential, stream
 from tests.tiny_task import write_tiny_model, write_tiny_task
+from trainer import teacher_logits
 from trainer.capture import Head
 from trainer.columns import Columns
 from trainer.models import Inputs
@@ -46,6 +47,22 @@ def test_they_are_the_models_own_row_by_row_and_are_kept(task, tmp_path):
     before = file.stat().st_mtime_ns
     (again,) = keeper(model_folder, tmp_path).of(Corpora.of(corpus), "heldout")
     assert np.array_equal(found, again) and file.stat().st_mtime_ns == before
+
+
+def test_two_jobs_may_compute_them_at_a_time(task, tmp_path, monkeypatch):
+    """The second starts when the first is about to join its parts."""
+    corpus, model_folder = task
+    found = []
+    join = teacher_logits._join
+
+    def overtaken(*arguments):
+        monkeypatch.setattr(teacher_logits, "_join", join)
+        found.extend(keeper(model_folder, tmp_path).of(Corpora.of(corpus), "heldout"))
+        join(*arguments)
+
+    monkeypatch.setattr(teacher_logits, "_join", overtaken)
+    found.extend(keeper(model_folder, tmp_path).of(Corpora.of(corpus), "heldout"))
+    assert np.array_equal(*found) and len(list(tmp_path.iterdir())) == 1
 
 
 def test_another_teacher_does_not_find_them(task, tmp_path, tiny_tokenizer):
