@@ -8,13 +8,14 @@ Of every task: ``launcher/task.py`` builds the corpus, fine-tunes the teacher, a
     student           the general student, layers then predictions (TinyBERT's two steps)
     without_general   the same from random weights: no stage one
     finetuned         the same shape on labels alone, from the pretrained teacher's own layers (for 6 of 12
-                      every second), without any distillation
+                      every second), without any distillation, for as many steps as the student has in both
 
 and, for the first seed of tasks in ``--ablate``, the student without one part each: without_attention,
 without_hidden, without_embedding (terms of the layers' step), without_intermediate (predictions alone),
 without_prediction (layers, then labels), and with_augmentation by word vectors where ``--vectors`` is given.
-All at equal numbers of steps. ``launcher/evaluate.py`` then scores and times all of them. Stages that are
-done are not done again: an interrupted benchmark goes on. ``--jobs`` stages at a time share the cores.
+Steps of the same kind are as many in all of them. ``launcher/evaluate.py`` then scores and times everything.
+Stages that are done are not done again: an interrupted benchmark goes on. ``--jobs`` stages at a time share
+the cores.
 
 ``EXPORT`` is what ``launcher/general.py`` exported of a student of the teacher's hidden size.
 """
@@ -50,7 +51,12 @@ class Recipe:
     teacher: dict[str, float] = field(default_factory=lambda: {"epochs": 3})
     intermediate: dict[str, float] = field(default_factory=lambda: {"epochs": 1})
     heads: dict[str, float] = field(default_factory=lambda: {"epochs": 2})
-    """Prediction stage and the fine-tuned arm alike."""
+    """Prediction stage."""
+
+    @property
+    def finetuned(self) -> dict[str, float]:
+        """The fine-tuned arm: as long as both stages of the student."""
+        return {key: value + self.intermediate[key] for key, value in self.heads.items()}
 
 
 SHORT = {"steps": 600}
@@ -158,7 +164,7 @@ class Bench:
         """Return the task's config, without students."""
         recipe, own = RECIPES[task], self.output / task
         lengths = {
-            "fine_tuning": recipe.teacher if seed == 0 else recipe.heads,
+            "fine_tuning": recipe.teacher if seed == 0 else recipe.finetuned,
             "intermediate": recipe.intermediate,
             "prediction": recipe.heads,
         }

@@ -33,12 +33,12 @@ from launcher import provenance
 from launcher.card import Scores, Subject, card, read_run
 from launcher.tracked import store_in_words
 from sharding.files import new_folder
-from sharding.labels import read_labels, task_of
+from sharding.labels import task_of
 from sharding.manifest import Corpus, open_corpus
-from trainer import exits, metrics, registry
+from trainer import exits, registry
 from trainer.models import parameters
 from trainer.onnx_export import difference, export_onnx, padded_rows, quantize_int8
-from trainer.scoring import load_model, predict
+from trainer.scoring import judge, load_model, predict
 from trainer.served import Forward, load_served, onnx_forward, open_session, torch_forward
 from trainer.tracking import Run as TrackedRun
 
@@ -221,9 +221,8 @@ def compare_scores(
 
 def score(forward: Forward, corpus: Corpus, batch_rows: int) -> Scores:
     """Return the scores of a model on every split of a task's corpus that is not for training."""
-    task = task_of(corpus)
     return {
-        split: metrics.score(task, predict(forward, corpus, split, batch_rows), read_labels(corpus, split))
+        split: judge(corpus, split, predict(forward, corpus, split, batch_rows))
         for split in corpus.manifest.splits
         if split != "train"
     }

@@ -19,14 +19,13 @@ from launcher import provenance
 from launcher.results import FORMS, TEACHER, Arm, Column, Results, Timing
 from sharding.labels import read_labels, task_of
 from sharding.manifest import Corpus
-from sharding.squad import read_windows
-from trainer import metrics
+from trainer import metrics, shapes
 from trainer.capture import Need
 from trainer.flops import teacher_row_flops
 from trainer.latency import measure
 from trainer.models import parameters
 from trainer.onnx_export import export_onnx, quantize_int8
-from trainer.scoring import load_model, predict
+from trainer.scoring import judge, load_model, predict
 from trainer.served import Forward, onnx_forward, open_session, torch_forward
 
 log = logging.getLogger("evaluate")
@@ -62,9 +61,11 @@ class Entrant:
         Raises:
             ValueError: another shape.
         """
-        config = model.config
-        layers, hidden, heads = config.num_hidden_layers, config.hidden_size, config.num_attention_heads
-        shape = f"{layers} layers x {hidden}, {heads} heads"
+        config, own = model.config, shapes.as_student("", "", model.config)
+        layers, hidden, feed_forward = own.layers, own.hidden_size, own.intermediate_size
+        shape = (
+            f"{config.model_type}: {layers} layers x {hidden}, {own.heads} heads, feed-forward {feed_forward}"
+        )
         if self.shape not in ("", shape):
             raise ValueError(
                 f"arms.{self.name}: {folder} has {shape}, the models before it {self.shape}; give each "
@@ -150,19 +151,17 @@ def _score(forms: Mapping[str, Forward], folder: str, task: Task, entrant: Entra
     for form, forward in forms.items():
         for column in task.columns:
             logits = predict(forward, task.corpus, column.split, batch_rows)
-            if info.kind == "spans":
-                found = metrics.text_score(read_windows(task.corpus, column.split), logits)
-            else:
-                found = metrics.score(info, logits, read_labels(task.corpus, column.split))
+            found = judge(task.corpus, column.split, logits)
             entrant.scores[form][column.name].append(found)
             score = found[column.metric]
             log.info("%s  %s, %s: %s %.4f", column.name, entrant.name, FORMS[form], column.metric, score)
-            if entrant.name == TEACHER and form == "pytorch" and score <= column.chance:
+            if entrant.name != TEACHER or form != "pytorch":
+                continue
+            if doubtful := metrics.doubt(info, logits, read_labels(task.corpus, column.split)):
                 raise ValueError(
-                    f"{column.name}: the teacher {folder} has {column.metric} {score:.4f}, no more than the "
-                    f"{column.chance:.4f} of a constant answer. Its classes may be in another order than the "
-                    f"corpus's ({', '.join(info.labels) or info.kind}): build the corpus with labels in the "
-                    "teacher's order, or fine-tune a teacher on it (launcher/task.py stage=teacher)"
+                    f"{column.name}: the teacher {folder} has {doubtful}. Its classes may be in another "
+                    f"order than the corpus's ({', '.join(info.labels) or info.kind}): build the corpus with "
+                    "labels in the teacher's order, or fine-tune one on it (launcher/task.py stage=teacher)"
                 )
 
 

@@ -103,8 +103,9 @@ def _label(task: Task, record: Record, column: str, place: str) -> float:
             number = float(value)
             if number < 0 or number % 1:
                 raise ValueError
-            # A name may be a number, which files of numbers write as 1.0.
-            text = str(int(number)) if str(int(number)) in task.labels else task.numbers[int(number)]
+            text = str(int(number))  # a name may be a number, which files of numbers write as 1.0
+            if not any(_is_integer(name) for name in task.labels):
+                text = task.numbers[int(number)]
         return float(task.labels.index(text))
     except (ValueError, TypeError, IndexError):
         known = (
@@ -113,3 +114,7 @@ def _label(task: Task, record: Record, column: str, place: str) -> float:
             else "no number"
         )
         raise CorpusError(f"{place}: {column} is {value!r}, {known}; repair it, or set labels") from None
+
+
+def _is_integer(text: str) -> bool:
+    return text.removeprefix("-").isdecimal()

@@ -116,6 +116,13 @@ TASKS = {
 }
 
 
+def positive(task: TaskInfo) -> int:
+    """Index of the class that F1 is of: class 1 of the two, in the order that the task is published in."""
+    known = TASKS.get(task.name)
+    name = known.labels[1] if known is not None and known.labels else None
+    return task.labels.index(name) if name in task.labels else 1
+
+
 def task_of(config: TaskConfig) -> Task:
     """The task that a config describes: a known one, with what the config changes of it, or its own.
 

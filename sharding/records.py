@@ -25,6 +25,8 @@ JSON_LINES = (".jsonl", ".ndjson", ".json")
 SUFFIXES = (".tsv", ".csv", *JSON_LINES, ".parquet")
 _PIECE = re.compile(r"-\d+-of-\d+$")
 DEV = ("dev", "validation")
+_LISTED = "_ids"
+"""How the names of files end that list rows, in GLUE's own MRPC."""
 
 
 class Source:
@@ -124,7 +126,7 @@ def _files(folder: Path, config: TaskSourceConfig) -> dict[str, tuple[str, ...]]
     found: dict[str, dict[str, list[str]]] = {}
     for path in sorted(folder.iterdir()):
         stem, suffix = _parted(path)
-        if path.is_file() and suffix in SUFFIXES:
+        if path.is_file() and suffix in SUFFIXES and not stem.endswith(_LISTED):
             found.setdefault(_PIECE.sub("", stem), {}).setdefault(suffix, []).append(str(path))
     available = {}
     for stem, layouts in found.items():

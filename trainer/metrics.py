@@ -10,10 +10,11 @@ import torch
 import torchmetrics.functional as metrics
 import torchmetrics.functional.classification as classification
 from numpy.typing import NDArray
+from scipy.optimize import linear_sum_assignment
 from torch import Tensor
 from torchmetrics.functional.text import squad
 
-from sharding.glue import METRICS
+from sharding.glue import METRICS, positive
 from sharding.manifest import TaskInfo
 from sharding.squad import Window, answer_texts
 
@@ -26,9 +27,9 @@ def score(task: TaskInfo, logits: NDArray[np.float32], labels: NDArray[np.float3
             first and the last token of the answer).
         labels: [n, K] as the task's corpus holds them.
 
-    ``accuracy``; ``f1`` of class 1 of two; ``matthews`` correlation coefficient; ``pearson`` and
-    ``spearman`` correlation; ``exact``: share of rows whose first and last token are both right. What is not
-    defined (correlation with a constant, F1 without positives) is 0.
+    ``accuracy``; ``f1`` of one class of two (``sharding.glue.positive``); ``matthews`` correlation
+    coefficient; ``pearson`` and ``spearman`` correlation; ``exact``: share of rows whose first and last token
+    are both right. What is not defined (correlation with a constant, F1 without positives) is 0.
 
     Raises: ValueError for a metric that the kind of task does not have, and arrays that do not fit.
     """
@@ -59,6 +60,38 @@ def chance(task: TaskInfo, labels: NDArray[np.float32]) -> float:
     )
 
 
+def doubt(task: TaskInfo, logits: NDArray[np.float32], labels: NDArray[np.float32]) -> str | None:
+    """Return what speaks against these being the outputs of a model that was trained on the task, or None.
+
+    That is a score no better than the best constant answer's, or classes whose names, dealt out anew, would
+    make more answers right than they do: by three standard deviations of the difference of two equally good
+    models that differ on as many rows.
+    """
+    (name, value), least = next(iter(score(task, logits, labels).items())), chance(task, labels)
+    if order := _other_order(task, logits, labels):
+        return f"{name} {value:.3f}, and far more answers were right if its classes were {', '.join(order)}"
+    if value <= least:
+        return f"{name} {value:.3f}, no more than the {least:.3f} of a constant answer"
+    return None
+
+
+def _other_order(
+    task: TaskInfo, logits: NDArray[np.float32], labels: NDArray[np.float32]
+) -> tuple[str, ...] | None:
+    """The names of the outputs under which clearly more of them are right."""
+    if task.kind != "classification":
+        return None
+    counts = np.zeros((len(task.labels),) * 2, np.int64)  # by answer and label
+    np.add.at(counts, (logits.argmax(axis=1), labels[:, 0].astype(int)), 1)
+    _, named = linear_sum_assignment(counts, maximize=True)
+    moved = named != np.arange(len(named))
+    now = int(np.diagonal(counts)[moved].sum())
+    then = int(counts[moved, named[moved]].sum())
+    if then - now <= 3 * (then + now) ** 0.5:
+        return None
+    return tuple(task.labels[index] for index in named)
+
+
 def text_score(windows: Sequence[Window], logits: NDArray[np.float32]) -> dict[str, float]:
     """SQuAD's own measures, of text: ``exact`` and ``f1``, means over questions of the best match with any of
     the right answers, articles and punctuation left out. Both are at most 1.
@@ -86,7 +119,8 @@ def _value(task: TaskInfo, name: str, predicted: Tensor, target: Tensor) -> floa
         correlation = metrics.pearson_corrcoef if name == "pearson" else metrics.spearman_corrcoef
         value = correlation(predicted.double(), target.double())
     elif name == "f1":
-        value = classification.binary_f1_score(predicted, target)
+        of = positive(task)
+        value = classification.binary_f1_score(predicted == of, (target == of).int())
     elif name == "matthews":
         value = classification.multiclass_matthews_corrcoef(predicted, target, len(task.labels))
     else:

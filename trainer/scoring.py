@@ -10,10 +10,12 @@ import torch
 from numpy.typing import NDArray
 from transformers import PreTrainedConfig, PreTrainedModel
 
-from sharding.labels import task_of
+from sharding.labels import read_labels, task_of
 from sharding.manifest import Corpus, TaskInfo
+from sharding.squad import read_windows
 from sharding.stream import sequential
 from sharding.tokens import check_tokenizer, load_tokenizer
+from trainer import metrics
 from trainer.served import Forward, load_served
 
 SORTED_BATCHES = 64
@@ -91,6 +93,14 @@ def predict(forward: Forward, corpus: Corpus, split: str, batch_rows: int) -> ND
             outputs.append(_joined(named, mask_BS.numpy(), seq_len))
         found.append(np.concatenate(outputs)[order_B.argsort().numpy()])
     return np.concatenate(found)
+
+
+def judge(corpus: Corpus, split: str, logits: NDArray[np.float32]) -> dict[str, float]:
+    """Return the metrics of what ``predict`` returned: where answers are texts, those of texts."""
+    task = task_of(corpus)
+    if task.kind == "spans":
+        return metrics.text_score(read_windows(corpus, split), logits)
+    return metrics.score(task, logits, read_labels(corpus, split))
 
 
 def _joined(

@@ -13,7 +13,9 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
+import torch
 from numpy.typing import NDArray
+from torch.nn.functional import pad
 
 from configs.schema import TeacherConfig
 from sharding.corpora import Corpora
@@ -22,7 +24,7 @@ from sharding.manifest import Corpus, TaskInfo
 from trainer import encoders
 from trainer.capture import Captured, Head, Need
 from trainer.evaluation import Encode, equal_turns
-from trainer.metrics import chance, score
+from trainer.metrics import doubt, score
 from trainer.models import Inputs
 from trainer.teacher import load_teacher
 from trainer.world import World, barrier, on_main
@@ -42,7 +44,8 @@ class TeacherLogits:
         self._teacher: Encode | None = None  # loaded where logits are missing
 
     def of(self, corpora: Corpora, split: str) -> list[NDArray[np.float32]]:
-        """The logits of all rows of a split, of each corpus: [rows, C] or [rows, S, 2] (collective).
+        """The logits of all rows of a split, of each corpus: [rows, C], or [rows, S, 2] with -inf at padding
+        (collective).
 
         Raises:
             ValueError: the teacher's weights cannot be read, or have no head.
@@ -67,14 +70,16 @@ class TeacherLogits:
         rows: list[NDArray[np.int64]] = []
         found: list[NDArray[np.float32]] = []
         for batch, counted in equal_turns(corpus, split, total, self.rows, self.world):
-            logits = self._teacher(Inputs.of(batch, slice(None), self.world.device, trim=True)).logits
+            inputs = Inputs.of(batch, slice(None), self.world.device, trim=True)
+            logits = self._teacher(inputs).logits
             if counted:
                 assert logits is not None
-                own = logits.float().cpu().numpy()
-                if own.ndim == 3:  # rows come trimmed; what is cut off is never looked at
-                    own = np.pad(own, [(0, 0), (0, corpus.manifest.seq_len - own.shape[1]), (0, 0)])
+                own = logits.float()
+                if own.dim() == 3:  # an answer lies within its row, and rows come trimmed
+                    own = own.masked_fill(~inputs.layout.mask_BS.unsqueeze(-1), -torch.inf)
+                    own = pad(own, (0, 0, 0, corpus.manifest.seq_len - own.shape[1]), value=-torch.inf)
                 rows.append(batch.row_B.numpy())
-                found.append(own)
+                found.append(own.cpu().numpy())
         self.folder.mkdir(parents=True, exist_ok=True)
         job = on_main(self.world, lambda: uuid.uuid4().hex)  # another may be computing the same
         parts = [path.with_suffix(f".{job}-{rank}-of-{size}.npz") for rank in range(size)]
@@ -104,20 +109,18 @@ def check_score(
     """Return the teacher's own metrics on held-out rows.
 
     Raises:
-        ValueError: its score is no better than the best constant answer's.
+        ValueError: ``trainer.metrics.doubt``.
     """
-    found = score(task, np.concatenate(logits), np.concatenate(labels))
-    name, value = next(iter(found.items()))
-    least = chance(task, np.concatenate(labels))
-    if value <= least:
+    outputs, right = np.concatenate(logits), np.concatenate(labels)
+    if (doubtful := doubt(task, outputs, right)) is not None:
         classes = f" (the corpus has them as {', '.join(task.labels)})" if task.labels else ""
         raise ValueError(
-            f"teacher.model={model} has {name} {value:.3f} on held-out rows of {task.name}, where the same "
-            f"answer to all has {least:.3f}: it was fine-tuned on another task or on other data, or has its "
-            f"classes in another order{classes}. Name a teacher of this task, fine-tune one with "
-            "launcher/task.py stage=teacher, or build the corpus again with labels=[...] in its order"
+            f"teacher.model={model} has, on held-out rows of {task.name}, {doubtful}: it was fine-tuned on "
+            f"another task or on other data, or has its classes in another order{classes}. Name a teacher of "
+            "this task, fine-tune one with launcher/task.py stage=teacher, or build the corpus again with "
+            "labels=[...] in its order"
         )
-    return found
+    return score(task, outputs, right)
 
 
 def _join(parts: Sequence[Path], total: int, path: Path) -> None:

@@ -85,7 +85,10 @@ def test_a_whole_evaluation(made: Path, tmp_path: Path) -> None:
     report = tmp_path / "report"
     written = sorted(path.name for path in report.iterdir())
     assert written == ["config.yaml", "figure.png", "report.html", "report.md", "results.json"]
-    assert json.loads((report / "results.json").read_text())["teacher"]["shape"] == "2 layers x 24, 2 heads"
+    assert (
+        json.loads((report / "results.json").read_text())["teacher"]["shape"]
+        == "bert: 2 layers x 24, 2 heads, feed-forward 40"
+    )
     client = MlflowClient(tracking_uri=config.tracking.uri)
     experiment = client.get_experiment_by_name("distillation")
     assert experiment is not None

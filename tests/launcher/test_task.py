@@ -199,7 +199,7 @@ def test_a_teacher_with_its_classes_in_another_order_is_refused(folder: Path, tm
         said[names[0]] = done.stderr
     assert "the same names in another order" in said["positive"]
     assert "labels=[positive, negative]" in said["positive"]
-    assert "has accuracy" in said["LABEL_0"] and "classes in another order" in said["LABEL_0"]
+    assert "accuracy 0." in said["LABEL_0"] and "if its classes were positive, negative" in said["LABEL_0"]
     assert not (tmp_path / "out/prediction/checkpoints").exists()
 
 

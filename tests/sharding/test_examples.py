@@ -87,6 +87,7 @@ def test_labels_follow_their_names_not_their_order(tmp_path: Path) -> None:
         (["no", "yes"], ["yes", "no", 1, 0, "1", 1.0, True], [1, 0, 1, 0, 1, 1, 1]),
         (["1", "2", "3"], [1, "3", 2.0], [0, 2, 1]),  # names that are numbers
         (["0", "1", "-1"], [-1, 0], [2, 0]),
+        (["-1", "1"], ["1", -1], [1, 0]),
     ],
 )
 def test_names_and_numbers_of_ones_own_classes(
@@ -95,6 +96,14 @@ def test_names_and_numbers_of_ones_own_classes(
     written(tmp_path, ".jsonl", [json.dumps({"text": "t", "class": value}) for value in values])
     own = of(tmp_path, "own", kind=TaskKind.classification, labels=labels, columns=["text"], label="class")
     assert [example.label for example in read_examples(own, "train")] == expected
+
+
+def test_names_that_are_numbers_are_not_places_as_well(tmp_path: Path) -> None:
+    """0, 1, 2 of a file, where the classes are called 1, 2, 3, would become two classes."""
+    written(tmp_path, ".jsonl", ['{"text": "t", "class": 0}'])
+    settings = {"kind": TaskKind.classification, "columns": ["text"], "label": "class"}
+    with pytest.raises(CorpusError, match="class is 0, none of 1, 2, 3"):
+        read_examples(of(tmp_path, "own", labels=["1", "2", "3"], **settings), "train")
 
 
 def test_regression_and_pairs_of_ones_own(tmp_path: Path) -> None:

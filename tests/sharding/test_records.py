@@ -90,6 +90,7 @@ def test_folders_below_and_files_by_name(tmp_path: Path) -> None:
     below.mkdir()
     for name in ("train.tsv", "dev.tsv", "more.tsv"):
         (below / name).write_text(f"sentence\tlabel\n{name}\t1\n")
+    (below / "dev_ids.tsv").write_text("1\t2\n")  # GLUE's MRPC has such a list
     assert records(source(tmp_path, "sst2"), "heldout")[0]["sentence"] == "dev.tsv"
     named = source(below, "sst2", train="more.tsv", dev=["dev.tsv", "train.tsv"])
     assert list(named.splits) == ["train", "heldout", "heldout-train"]

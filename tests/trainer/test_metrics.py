@@ -6,7 +6,7 @@ from scipy import stats
 from sklearn import metrics as reference
 
 from sharding.manifest import TaskInfo
-from trainer.metrics import chance, score
+from trainer.metrics import chance, doubt, score
 
 TWO = TaskInfo("two", "classification", ("no", "yes"), ("f1", "accuracy", "matthews"))
 FOUR = TaskInfo("four", "classification", ("a", "b", "c", "d"), ("matthews", "accuracy"))
@@ -30,6 +30,38 @@ def test_classes_against_scikit_learn(task: TaskInfo) -> None:
     found = score(task, logits, labels)
     assert list(found) == list(task.metrics)
     assert found == pytest.approx(expected, abs=1e-6)
+
+
+def test_f1_is_of_the_published_class_in_whatever_order_they_are() -> None:
+    random = np.random.default_rng(1)
+    labels = random.integers(0, 2, (100, 1)).astype(np.float32)
+    logits = random.normal(size=(100, 2)).astype(np.float32)
+    as_published, turned = (
+        TaskInfo("mrpc", "classification", names, ("f1",))
+        for names in (("not_equivalent", "equivalent"), ("equivalent", "not_equivalent"))
+    )
+    expected = reference.f1_score(labels[:, 0], logits.argmax(axis=1))
+    assert score(as_published, logits, labels)["f1"] == pytest.approx(expected)
+    assert score(turned, logits[:, ::-1].copy(), 1 - labels)["f1"] == pytest.approx(expected)
+
+
+def test_classes_in_another_order_are_seen_though_the_score_beats_a_constant() -> None:
+    """Nine in ten right, two of three classes exchanged: a third is still right, and more."""
+    random = np.random.default_rng(2)
+    task = TaskInfo("mnli", "classification", ("entailment", "neutral", "contradiction"), ("accuracy",))
+    labels = random.integers(0, 3, (2000, 1)).astype(np.float32)
+    right = (random.random(2000) < 0.85) | (labels[:, 0] == 0)
+    answers = np.where(right, labels[:, 0], random.integers(0, 3, 2000)).astype(int)
+    logits = np.eye(3, dtype=np.float32)[answers]
+    assert doubt(task, logits, labels) is None
+    exchanged = doubt(task, logits[:, [0, 2, 1]], labels)
+    assert exchanged is not None and "entailment, contradiction, neutral" in exchanged
+    assert score(task, logits[:, [0, 2, 1]], labels)["accuracy"] > chance(task, labels)
+    weak = np.eye(3, dtype=np.float32)[np.where(random.random(2000) < 0.1, labels[:, 0], 0).astype(int)]
+    assert doubt(task, weak, labels) is None, "poor, but in order"
+    assert "of a constant answer" in str(
+        doubt(task, np.eye(3, dtype=np.float32)[np.zeros(2000, int)], labels)
+    )
 
 
 def test_correlations_against_scipy_with_ties() -> None:

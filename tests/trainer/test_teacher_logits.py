@@ -1,15 +1,19 @@
 """A task teacher's logits and labels by row: as model and corpus say; kept; refused at chance."""
 
+import json
+
 import numpy as np
 import pytest
 import torch
-from transformers import AutoModelForSequenceClassification
+from transformers import AutoModelForSequenceClassification, BertConfig, BertForQuestionAnswering
 
 from configs.schema import Precision, TeacherConfig
 from sharding.corpora import Corpora
 from sharding.labels import read_labels, task_of
 from sharding.manifest import open_corpus
 from sharding.stream import sequential, stream
+from sharding.task_corpus import build
+from tests.sharding.test_squad import articles, config_of
 from tests.tiny_task import write_tiny_model, write_tiny_task
 from trainer import teacher_logits
 from trainer.capture import Head
@@ -74,6 +78,23 @@ def test_another_teacher_does_not_find_them(task, tmp_path, tiny_tokenizer):
     assert not np.allclose(first, second) and len(list((tmp_path / "kept").iterdir())) == 2
     (low,) = keeper(model_folder, tmp_path / "kept", Precision.bf16).of(Corpora.of(corpus), "heldout")
     assert not np.array_equal(first, low) and len(list((tmp_path / "kept").iterdir())) == 3
+
+
+def test_an_answers_logits_end_with_its_row(tmp_path, tiny_tokenizer):
+    """Padding cannot be the best place, however low all others are."""
+    for name, count in (("train", 4), ("dev", 8)):
+        (tmp_path / f"{name}-v1.1.json").write_text(json.dumps(articles(count, seed=3)))
+    build(config_of(tmp_path, tiny_tokenizer, tmp_path))
+    corpus, reader = open_corpus(tmp_path / "data"), tmp_path / "reader"
+    shape = {"num_hidden_layers": 1, "hidden_size": 16, "num_attention_heads": 2, "intermediate_size": 16}
+    model = BertForQuestionAnswering(BertConfig(vocab_size=232, max_position_embeddings=96, **shape))
+    model.qa_outputs.bias.data.fill_(-100.0)
+    model.save_pretrained(reader)
+    config = TeacherConfig(model=str(reader), precision=Precision.fp32, logits_folder=str(tmp_path / "kept"))
+    (found,) = TeacherLogits(config, Head.spans, 4, World(0, 1, 0, 1, CPU)).of(Corpora.of(corpus), "heldout")
+    for batch in sequential(corpus, "heldout", rows=10**6, batch_rows=1, rank=0, world_size=1):
+        own, length = found[int(batch.row_B[0])], int(batch.length_B[0])
+        assert np.isfinite(own[:length]).all() and np.isneginf(own[length:]).all()
 
 
 def test_columns_come_with_their_rows_in_the_streams_order(task):
