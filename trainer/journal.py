@@ -19,8 +19,10 @@ its ``step``: after a rollback a student's steps are other steps.
 import json
 import logging
 import os
+import shutil
 import uuid
 from collections.abc import Iterable, Iterator
+from contextlib import suppress
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -63,7 +65,8 @@ class Journal:
         self._load_cursor()
         self._steps: dict[str, dict[str, int]] = {}  # highest step by run and metric
         self._keys: dict[str, str] = {}  # by run: a made-up key by which it is found in the store
-        self.unwritten: list[str] = []  # lines that the disk has not taken
+        self._pending: list[Entry] = []  # not looked at yet
+        self._unwritten: list[str] = []  # lines that the disk has not taken
         self._torn = False  # the last write failed, perhaps in the middle of a line
         self._file: int | None = None
         self._bytes = self._older_bytes = 0  # of the newest segment, of all before
@@ -75,27 +78,48 @@ class Journal:
     # The writer
 
     def append(self, entries: Iterable[Entry]) -> None:
-        """Write entries; after an error the next call writes them first, those that it may hold already too.
+        """Take entries and write them; what an error kept from the disk is written first by the next call.
 
         Raises:
             OSError: the disk did not take them.
         """
-        entries = list(entries)
-        if entries and not self.unwritten and (self._file is None or self._bytes >= SEGMENT_BYTES):
+        self._pending += entries
+        if self._pending and not self._unwritten and (self._file is None or self._bytes >= SEGMENT_BYTES):
             self._begin_segment()
-        self.unwritten += [json.dumps(own) for entry in entries if (own := self._first_time(entry))]
-        if self.unwritten:
-            self._write(("\n" if self._torn else "") + "\n".join(self.unwritten) + "\n")
-            self.unwritten = []
+        self._unwritten += [json.dumps(own) for entry in self._pending if (own := self._first_time(entry))]
+        self._pending = []
+        if self._unwritten:
+            self._write(("\n" if self._torn else "") + "\n".join(self._unwritten) + "\n")
+            self._unwritten = []
+
+    @property
+    def unwritten(self) -> int:
+        """How many entries were taken that the disk does not hold yet."""
+        return len(self._pending) + len(self._unwritten)
+
+    def close(self) -> None:
+        """Close the newest segment; a later ``append`` begins another."""
+        file, self._file = self._file, None
+        if file is not None:
+            with suppress(OSError):  # all of it is on disk, or was said not to be
+                os.close(file)
 
     def _begin_segment(self) -> None:
-        if self._file is not None:
-            os.close(self._file)
-        self._segment += 1
-        self._file = os.open(self._path(self._segment), os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o666)
+        number = self._segment + 1
+        file = os.open(self._path(number), os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o666)
+        self.close()
+        self._file, self._segment = file, number
         self._bytes, self._torn = 0, False
-        self._older_bytes = sum(self._path(number).stat().st_size for number in self._segments())
-        self.unwritten = [json.dumps({"kind": "header", "steps": self._steps, "keys": self._keys})]
+        self._unwritten = [json.dumps({"kind": "header", "steps": self._steps, "keys": self._keys})]
+        self._older_bytes = self._measured()
+
+    def _measured(self) -> int:
+        """Bytes of all segments but the newest."""
+        total = 0
+        for number in self._segments():
+            with suppress(FileNotFoundError):  # delivered meanwhile
+                total += self._path(number).stat().st_size if number < self._segment else 0
+        return total
 
     def _write(self, text: str) -> None:
         assert self._file is not None
@@ -199,6 +223,13 @@ class Journal:
             for number in self._segments():
                 if number < passed:
                     self._path(number).unlink(missing_ok=True)
+
+    def remove(self) -> None:
+        """Take the folder away, with all that it holds; nobody writes or delivers any more."""
+        try:
+            shutil.rmtree(self.folder)
+        except OSError as error:
+            logger.warning("%s is delivered, but could not be removed: %s", self.folder, error)
 
     def save(self) -> bool:
         """Write the cursor, and return whether the disk took it; without, things are delivered again."""

@@ -99,6 +99,55 @@ def test_a_journal_that_is_full_gives_metrics_up_and_says_so(
     assert caplog.text.count("metrics are given up") == 1
 
 
+def held(folder: Path) -> list[Path]:
+    """Files under ``folder`` that this process has open."""
+    return [path for fd in Path("/proc/self/fd").iterdir() if folder in (path := fd.resolve()).parents]
+
+
+@pytest.mark.parametrize("begun", [False, True])
+def test_a_segment_that_cannot_be_begun_costs_no_entry_and_no_other_file(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, begun: bool
+) -> None:
+    monkeypatch.setattr(journal, "SEGMENT_BYTES", 50)
+    folder, aside = tmp_path / "tracking", tmp_path / "aside"
+    found = Journal(folder)
+    opening = {"kind": "open", "run": "", "at": 1}
+    if begun:
+        found.append([opening, point(0)])
+    folder.rename(aside)  # so that no file can be made
+    with pytest.raises(FileNotFoundError):
+        found.append([opening, point(1)])
+    with (tmp_path / "other").open("w") as other:  # of a number that was perhaps the segment's
+        with pytest.raises(FileNotFoundError):
+            found.append([point(2)])
+        assert found.unwritten == 3
+        aside.rename(folder)
+        found.append([point(3)])
+        other.write("still open")
+    assert found.unwritten == 0
+    assert found.left()[0]["kind"] == "open" and steps(found) == list(range(0 if begun else 1, 4))
+    assert len(held(folder)) == 1
+    found.close()
+    assert held(folder) == []
+    again = Journal(folder)
+    again.append([point(step) for step in range(1, 5)])
+    assert steps(again)[-2:] == [3, 4]
+
+
+def test_a_segment_that_goes_while_the_next_is_begun_is_none_that_counts(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(journal, "SEGMENT_BYTES", 50)
+    found = Journal(tmp_path)
+    found.append([point(1)])
+    listed = found._segments
+    monkeypatch.setattr(found, "_segments", lambda: [*listed(), 0])  # one more than there is by now
+    found.append([point(2)])
+    again = Journal(tmp_path)
+    again.append([point(1), point(2), point(3)])
+    assert steps(again) == [1, 2, 3]
+
+
 HOLD = """
 import sys
 from pathlib import Path
