@@ -13,7 +13,6 @@ if __package__ in (None, ""):
 
 import argparse
 import logging
-import shutil
 import time
 from collections import Counter
 
@@ -100,7 +99,7 @@ def sync(folder: Path, uri: str | None) -> int:
     told = ", ".join(f"{count} {kind}" for kind, count in sorted(kinds.items()) if count)
     print(f"{folder}: delivered {told or 'nothing'}; {len(left)} entries left")
     if not left and folder.parent.name == UNDELIVERED:
-        shutil.rmtree(folder)
+        journal.remove()
     return len(left)
 
 

@@ -42,6 +42,7 @@ class Outbox:
         self._queue: deque[Entry] = deque()
         self._put = self._on_disk = 0  # entries so far
         self._lost = 0
+        self._delivered = False  # all of it
         self._news, self._closing = threading.Event(), threading.Event()
         self._written, self._given_up = threading.Event(), threading.Event()
         self._writer = threading.Thread(target=self._write_all, name="journal", daemon=True)
@@ -66,7 +67,7 @@ class Outbox:
         return self._on_disk >= put
 
     def close(self, wait_s: float) -> int:
-        """Deliver what is there, and return how many entries are left in the journal.
+        """Deliver what is there, and return how many entries are not, in the journal or lost.
 
         Gives up ``wait_s`` after the last thing that the store took, and after ten times that in all.
         """
@@ -79,10 +80,10 @@ class Outbox:
             if self._progress() != seen:
                 seen, seen_s = self._progress(), time.monotonic()
         self._given_up.set()
-        lost = self._lost + len(self._queue) + len(self.journal.unwritten)
+        lost = self._lost + len(self._queue) + self.journal.unwritten
         if lost:
             logger.warning("%s did not take %d entries: they are lost", self.journal.folder, lost)
-        if not self._deliverer.is_alive():
+        if self._delivered:
             return 0
         left = self._count(wait_s)
         logger.warning(
@@ -91,7 +92,7 @@ class Outbox:
             left or "some",
             self.journal.folder,
         )
-        return left
+        return left + lost
 
     def _progress(self) -> list[Position]:
         return list(self.journal.positions.values())
@@ -115,6 +116,7 @@ class Outbox:
                 self.journal.append([*entries, *self._samples()])
                 failures, self._on_disk = 0, taken
                 if closing:
+                    self.journal.close()
                     self._written.set()
                     return
             except OSError as error:
@@ -142,7 +144,9 @@ class Outbox:
                 self._deliver()
                 failures = 0
                 if closing:
-                    break
+                    self.journal.unlock()
+                    self._delivered = True
+                    return
             except Exception as error:  # every store and driver fails in its own way
                 if failures == 0:
                     logger.warning(

@@ -10,7 +10,6 @@ import json
 import logging
 import os
 import re
-import shutil
 import tempfile
 import time
 import uuid
@@ -276,7 +275,7 @@ class Run:
             return 0
         left = self._outbox.close(wait_s)
         if self._passing and not left:
-            shutil.rmtree(self._outbox.journal.folder)
+            self._outbox.journal.remove()
         return left
 
 

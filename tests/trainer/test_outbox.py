@@ -81,6 +81,28 @@ def test_close_gives_up_on_a_dead_store_and_the_next_job_delivers(
     assert again.steps == [0, 1, 2, 3]
 
 
+def test_what_a_disk_did_not_take_is_not_delivered(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The thread that delivers has ended by the time that ``close`` looks at it."""
+    monkeypatch.setattr(outbox, "MAX_WAITING", 1)
+    store = Store(Journal(tmp_path))
+    store.error = ConnectionError("down")
+    box = Outbox(store.journal, store.deliver)
+
+    def until_it_ended(record: logging.LogRecord) -> bool:
+        if "they are lost" in record.getMessage():
+            box._deliverer.join(10)
+            assert not box._deliverer.is_alive()
+        return True
+
+    monkeypatch.setattr(logging.getLogger("trainer.outbox"), "filters", [until_it_ended])
+    for step in range(1000):  # more than the thread can write meanwhile
+        box.put(point(step))
+    assert box.close(wait_s=0.2) == 1000
+    assert "they are lost" in caplog.text and "entries are not delivered" in caplog.text
+
+
 def test_neither_a_store_nor_a_disk_that_hangs_holds_anybody_up(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:

@@ -15,8 +15,10 @@ import pytest
 from mlflow import MlflowClient
 
 from configs.schema import Precision
+from tests.conftest import small_disk
 from tests.trainer.mlflow_server import Server
-from trainer import tracking_store
+from tests.trainer.test_journal import held
+from trainer import tracking, tracking_store
 from trainer.journal import Journal
 from trainer.tracking import Run, flatten, resolve_uri
 from trainer.tracking_store import TrackingError
@@ -273,6 +275,19 @@ def test_the_configured_uri_wins_over_the_environment(
     monkeypatch.setenv("MLFLOW_TRACKING_URI", "http://from-environment:5000")
     assert resolve_uri("http://from-config:5000", tmp_path) == "http://from-config:5000"
     assert resolve_uri(None, tmp_path) == "http://from-environment:5000"
+
+
+def test_a_journal_that_cannot_go_is_a_warning_and_nothing_in_it_is_open_any_more(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """As on NFS, where an open file keeps its folder."""
+    with small_disk(tmp_path / "disk", 256 * 4096) as disk:  # which nobody can remove
+        monkeypatch.setattr(tracking, "_journal_alone", lambda folder: Journal(disk))
+        run = start(None, tmp_path)
+        run.log_metrics({"loss": 1.0}, 1)
+        assert run.finish() == 0
+        assert held(disk) == [] and not list(disk.iterdir())
+    assert f"{disk} is delivered, but could not be removed" in caplog.text
 
 
 def test_long_params_are_cut_and_kept_whole_beside(tmp_path: Path) -> None:
