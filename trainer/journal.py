@@ -9,11 +9,13 @@ dropped. The folder may lie on NFS or Lustre, where SQLite must not.
     .lock           of who delivers
 
 Delivery has two lanes, so that files, which go to a store of their own, never hold up what is small.
-A segment that is delivered whole goes; the newest stays, since it tells a job that starts again which steps
-are logged. An entry is a mapping with ``kind`` and ``run``, a name within the journal. Of the kind
-``metrics`` the journal keeps, by run and key, the highest step, and drops what is at or before it: a resumed
-job that trains some steps again does not log them twice. An entry of the kind ``again`` takes that back, to
-its ``step``: after a rollback a student's steps are other steps.
+A segment that is delivered whole goes; of one that only files are left of, all else goes. The newest stays,
+since it tells a job that starts again which steps are logged.
+
+An entry is a mapping with ``kind`` and ``run``, a name within the journal. Of the kind ``metrics`` the
+journal keeps, by run and key, the highest step, and drops what is at or before it: a resumed job that trains
+some steps again does not log them twice. An entry of the kind ``again`` takes that back, to its ``step``:
+after a rollback a student's steps are other steps.
 """
 
 import json
@@ -84,6 +86,8 @@ class Journal:
             OSError: the disk did not take them.
         """
         self._pending += entries
+        if self._full:  # delivery may have made room
+            self._older_bytes = self._measured()
         if self._pending and not self._unwritten and (self._file is None or self._bytes >= SEGMENT_BYTES):
             self._begin_segment()
         self._unwritten += [json.dumps(own) for entry in self._pending if (own := self._first_time(entry))]
@@ -216,13 +220,23 @@ class Journal:
         return found
 
     def advance(self, lane: str, position: Position) -> None:
-        """Let a lane go on from there. Segments that all lanes have passed are deleted."""
-        self.positions[lane] = position
-        if self.save():
-            passed = min(own.segment for own in self.positions.values())
-            for number in self._segments():
-                if number < passed:
-                    self._path(number).unlink(missing_ok=True)
+        """Let a lane go on from there. Segments that all lanes have passed go; of those that files alone
+        still wait for, the files stay."""
+        before, self.positions[lane] = self.positions[lane], position
+        if not self.save():
+            return
+        passed = min(own.segment for own in self.positions.values())
+        for number in self._segments():
+            if number < passed:
+                self._path(number).unlink(missing_ok=True)
+            elif lane == MAIN and passed < number and before.segment <= number < position.segment:
+                self._keep_files(number)
+
+    def _keep_files(self, number: int) -> None:
+        """Take from a segment, which no lane is in, all that is not for the lane of files."""
+        kept = [json.dumps(entry) + "\n" for entry, _ in self._lines(number, 0) if lane_of(entry) == FILES]
+        with suppress(OSError):  # it costs room
+            write_text(self._path(number), "".join(kept))
 
     def remove(self) -> None:
         """Take the folder away, with all that it holds; nobody writes or delivers any more."""

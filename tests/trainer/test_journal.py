@@ -99,6 +99,31 @@ def test_a_journal_that_is_full_gives_metrics_up_and_says_so(
     assert caplog.text.count("metrics are given up") == 1
 
 
+@pytest.mark.parametrize("files", ["delivered", "held up"])
+def test_a_journal_that_was_full_takes_metrics_again_once_they_are_delivered(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, files: str
+) -> None:
+    monkeypatch.setattr(journal, "MAX_BYTES", 8000)
+    monkeypatch.setattr(journal, "SEGMENT_BYTES", 1000)
+    found = Journal(tmp_path)
+    for step in range(200):
+        text = {"kind": "text", "run": "", "at": 7, "text": str(step), "path": "a.txt"}
+        found.append([point(step), *([text] if step % 20 == 0 else [])])
+    assert steps(found)[-1] < 100
+    assert found.lock()
+    if files == "delivered":
+        found.advance(FILES, found.read(FILES, 10**6)[-1][1])
+    while lines := found.read(MAIN, 10):  # a few at a time, as delivery does
+        found.advance(MAIN, lines[-1][1])
+    found.append([point(200)])
+    assert steps(found) == [200]
+    texts = [entry["text"] for entry in read(found, FILES) if entry["kind"] == "text"]
+    assert texts == ([] if files == "delivered" else [str(step) for step in range(0, 200, 20)])
+    again = Journal(tmp_path)
+    again.append([point(200), point(201)])
+    assert steps(again) == [200, 201]
+
+
 def held(folder: Path) -> list[Path]:
     """Files under ``folder`` that this process has open."""
     return [path for fd in Path("/proc/self/fd").iterdir() if folder in (path := fd.resolve()).parents]
