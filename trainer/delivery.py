@@ -35,6 +35,7 @@ MAX_WINDOWS = 50  # of one lane in a row
 MAX_BATCH_POINTS, MAX_BATCH_PARAMS, MAX_PARAM_CHARS = 1000, 100, 6000  # MLflow's limits
 MAX_DIGEST_CHARS = 36
 MAX_TAG_CHARS = 5000
+REFUSED = (400, 413, 415, 422)  # HTTP: malformed, too large, of no such kind, makes no sense
 
 KEY_TAG, PATH_TAG, MADE_BY_TAG = "distil.key", "distil.path", "distil.made_by"
 PARENT_TAG, NOTE_TAG = "mlflow.parentRunId", "mlflow.note.content"
@@ -284,10 +285,14 @@ def _tell_refused(what: str, error: Exception) -> None:
 def _is_refusal(error: Exception) -> bool:
     """Whether an entry will never be taken. What a password or a permission can mend is none."""
     if isinstance(error, MlflowException):
-        gone = error.error_code == "RESOURCE_DOES_NOT_EXIST"
-        return gone or error.get_http_status_code() == 400
+        return _is_unknown(error) or error.get_http_status_code() in REFUSED
     response = getattr(error, "response", None)  # of an upload through the server
-    return isinstance(error, FileNotFoundError) or getattr(response, "status_code", None) == 400
+    return isinstance(error, FileNotFoundError) or getattr(response, "status_code", None) in REFUSED
+
+
+def _is_unknown(error: MlflowException) -> bool:
+    """Whether the store does not hold what was asked for."""
+    return bool(error.error_code == "RESOURCE_DOES_NOT_EXIST")
 
 
 def _experiment_id(client: MlflowClient, name: str, artifacts: str | None) -> str:

@@ -5,9 +5,13 @@ import signal
 import socket
 import subprocess
 import sys
+import threading
 import time
+import urllib.error
 import urllib.request
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
 
@@ -51,6 +55,45 @@ class Server:
             os.killpg(self._process.pid, signal.SIGKILL)
             self._process.wait()
             self._process = None
+
+
+@contextmanager
+def proxy(uri: str, refuses: Callable[[str, str, int], int]) -> Iterator[str]:
+    """Stands before a server, as nginx does; yields its own URI.
+
+    Args:
+        uri: of the server.
+        refuses: told method, path and bytes of a request; returns the status of its answer, 0 to pass it on.
+    """
+
+    class Between(BaseHTTPRequestHandler):
+        def do_GET(self) -> None:
+            body = self.rfile.read(int(self.headers.get("Content-Length", 0)))
+            if status := refuses(self.command, self.path, len(body)):
+                self.send_error(status)
+                return
+            passed = {key: self.headers[key] for key in ("Content-Type",) if key in self.headers}
+            request = urllib.request.Request(uri + self.path, body or None, passed, method=self.command)
+            try:
+                answer = urllib.request.urlopen(request, timeout=30)
+            except urllib.error.HTTPError as error:
+                answer = error
+            with answer:
+                content = answer.read()
+                self.send_response(answer.status)
+            self.send_header("Content-Length", str(len(content)))
+            self.end_headers()
+            self.wfile.write(content)
+
+        do_POST = do_PUT = do_GET
+
+        def log_message(self, format: str, *arguments: object) -> None:
+            """Say nothing."""
+
+    with ThreadingHTTPServer(("127.0.0.1", 0), Between) as between:
+        threading.Thread(target=between.serve_forever, daemon=True).start()
+        yield f"http://127.0.0.1:{between.server_port}"
+        between.shutdown()
 
 
 def wait_for(holds: Callable[[], bool], what: str) -> None:
