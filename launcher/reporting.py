@@ -13,7 +13,7 @@ from rich.console import Console
 from configs.load import to_dict
 from launcher import provenance
 from launcher.run_record import keep_figures
-from launcher.runfolder import RunFolder
+from launcher.runfolder import RunFolder, keep_line
 from launcher.terminal import Terminal, View
 from launcher.tracked import Tracked
 from launcher.wording import by_kind, duration, in_words, ranks_in_words
@@ -63,7 +63,7 @@ class Reporter:
             self.config.checkpoint,
             self.saved,
             patience_s=self.config.timeouts.step_s / 4,  # the other ranks wait in a collective meanwhile
-            before=tracked.run.flush if tracked is not None else lambda: None,
+            before=self._flush,
         )
 
     def started(self, resumed: bool) -> None:
@@ -171,8 +171,8 @@ class Reporter:
     def _keep(self, file: str, what: str, prefix: str, step: int, students: Figures) -> None:
         """Keep every student's values as a line of a file, and log them under ``prefix/``."""
         for student, values in students.items():
-            with (self.folder / file).open("a", encoding="utf-8") as lines:
-                lines.write(json.dumps({"step": step, "student": student, what: values}) + "\n")
+            line = json.dumps({"step": step, "student": student, what: values})
+            keep_line(self.folder / file, line, f"the {what} of {student} at step {step}")
             if self.tracked is not None:
                 figures = {f"{prefix}/{key}": value for key, value in values.items()}
                 self.tracked.students[student].log_metrics(figures, step)
@@ -276,6 +276,14 @@ class Reporter:
             heldout=heldout if evaluated_step == progress.step else {},
         )
         self.writer.put(checkpoint, since_s)
+
+    def _flush(self) -> None:
+        """Let the journal of tracking have what was logged before a checkpoint; in vain costs a warning."""
+        if self.tracked is not None and not self.tracked.run.flush():
+            log.warning(
+                "points of tracking are not on disk yet, and the checkpoint is saved all the same: if this "
+                "job is killed before they are, they are lost"
+            )
 
     def finish_saving(self) -> None:
         """Wait for the save that is under way, for half of ``timeouts.step_s`` at most."""

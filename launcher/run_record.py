@@ -4,7 +4,6 @@ A run that was cut off and started again repeats steps, and may have torn a file
 """
 
 import json
-import logging
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from datetime import datetime, timedelta, timezone
@@ -14,7 +13,7 @@ from typing import Any
 
 import yaml
 
-log = logging.getLogger("distil")
+from launcher.runfolder import keep_line
 
 FIGURES = "metrics.jsonl"
 Line = dict[str, Any]
@@ -31,11 +30,7 @@ def keep_figures(
     at = datetime.now(timezone.utc).isoformat(timespec="milliseconds")
     named = {name: short(figures) for name, figures in students.items()}
     line = json.dumps({"at": at, "step": step, "run": short(run), "students": named})
-    try:
-        with (folder / FIGURES).open("a", encoding="utf-8") as file:
-            file.write(line + "\n")
-    except OSError as error:  # a full disk costs the line, not the run
-        log.warning("the figures of step %d could not be kept: %s", step, error)
+    keep_line(folder / FIGURES, line, f"the figures of step {step}")
 
 
 def read_lines(path: Path) -> list[Line]:

@@ -16,6 +16,15 @@ log = logging.getLogger("distil")
 CLAIM_WAIT_S = 60.0  # the job before may still be ending
 
 
+def keep_line(file: Path, line: str, what: str) -> None:
+    """Append a line to a file. A full disk costs the line and a warning, which says ``what`` it was."""
+    try:
+        with file.open("a", encoding="utf-8") as lines:
+            lines.write(line + "\n")
+    except OSError as error:
+        log.warning("%s could not be kept: %s", what, error)
+
+
 class RunFolder:
     """A run's folder as rank 0 uses it."""
 
@@ -47,12 +56,8 @@ class RunFolder:
     def event(self, event: str, step: int, **facts: Any) -> None:
         """Append a line to ``events.jsonl``: what happened, when (UTC) and after which step."""
         at = datetime.now(timezone.utc).isoformat(timespec="milliseconds")
-        line = public(json.dumps({"at": at, "event": event, "step": step, **facts})) + "\n"
-        try:
-            with (self.path / "events.jsonl").open("a", encoding="utf-8") as file:
-                file.write(line)
-        except OSError as error:  # a full disk costs the line, not the run
-            log.warning("event %s of step %d could not be kept: %s", event, step, error)
+        line = public(json.dumps({"at": at, "event": event, "step": step, **facts}))
+        keep_line(self.path / "events.jsonl", line, f"event {event} of step {step}")
 
     def tracking_run_ids(self) -> dict[str, str]:
         """Return the ids of the MLflow runs that ``keep_tracking_run_ids`` kept; empty for a new run."""

@@ -1,21 +1,28 @@
 """What people read."""
 
 import json
+import threading
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
+from mlflow import MlflowClient
 
 from configs.load import load_config
 from configs.schema import RunConfig
 from launcher.reporting import Reporter
 from launcher.runfolder import RunFolder
+from launcher.tracked import Tracked
 from launcher.wording import by_kind, duration
+from tests.conftest import small_disk
 from tests.launcher.conftest import written
+from tests.trainer.saved import checkpoint, names
 from trainer.checkpoint import CheckpointError, Progress
 from trainer.clock import Stations
+from trainer.journal import Journal
+from trainer.tracking import Run
 from trainer.watchdog import Watchdog
 from trainer.world import World
 
@@ -37,6 +44,70 @@ def test_what_happens_is_kept_in_the_run_folder(run_config: dict[str, Any]) -> N
     assert json.loads(event)["reason"] == "SIGTERM at rank 0"
     with pytest.raises(CheckpointError, match="no checkpoint to go back to"):
         reporter.newest_checkpoint()
+
+
+def test_a_full_disk_costs_what_was_evaluated_its_line_and_not_the_run(
+    run_config: dict[str, Any], tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    config, place = load_config(RunConfig, written(run_config), []), World(0, 1, 0, 1, torch.device("cpu"))
+    run: Any = SimpleNamespace(config=config, world=place, progress=Progress(step=3), total_steps=6)
+    watchdog, store = Watchdog(place, 60.0), f"sqlite:///{tmp_path}/mlflow.db"
+    tracked_run = Run.start(
+        uri=store,
+        default_folder=tmp_path,
+        experiment="e",
+        name="r",
+        params={},
+        tags={},
+        journal=tmp_path / "j",
+    )
+    with small_disk(tmp_path / "disk", 16 * 4096) as disk:
+        with pytest.raises(OSError, match="No space left"), (disk / "filler").open("wb", buffering=0) as file:
+            while True:
+                file.write(bytes(4096))
+        tracked = Tracked(disk, tracked_run, {"small": tracked_run})
+        reporter = Reporter(run, tracked, RunFolder(disk), Stations(), watchdog)
+        reporter.evaluated(run.progress, {"small": {"total": 1.5}})
+        reporter.probed(run.progress, {}, {"small": {"accuracy": 0.5}})
+    watchdog.close()
+    assert tracked_run.finish() == 0 and tracked_run.id is not None
+    metrics = MlflowClient(store).get_run(tracked_run.id).data.metrics
+    assert (metrics["heldout/total"], metrics["probe/accuracy"]) == (1.5, 0.5)
+    for what in ("losses", "scores"):
+        assert f"the {what} of small at step 3 could not be kept: [Errno 28]" in caplog.text
+
+
+def test_a_checkpoint_whose_points_are_not_on_disk_says_so(
+    run_config: dict[str, Any],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    """The journal's disk hangs; the checkpoint's does not."""
+    config, place = load_config(RunConfig, written(run_config), []), World(0, 1, 0, 1, torch.device("cpu"))
+    run: Any = SimpleNamespace(config=config, world=place, progress=Progress(step=3), total_steps=6)
+    watchdog, release, flush, append = Watchdog(place, 60.0), threading.Event(), Run.flush, Journal.append
+    monkeypatch.setattr(Run, "flush", lambda self: flush(self, wait_s=0.2))
+    tracked_run = Run.start(
+        uri=None,
+        default_folder=tmp_path,
+        experiment="e",
+        name="r",
+        params={},
+        tags={},
+        journal=tmp_path / "j",
+    )
+    reporter = Reporter(run, Tracked(tmp_path, tracked_run, {}), RunFolder(tmp_path), Stations(), watchdog)
+    watchdog.close()
+    assert tracked_run.flush()
+    monkeypatch.setattr(Journal, "append", lambda *about: release.wait() and append(*about))
+    tracked_run.log_metrics({"loss": 1.0}, 3)
+    reporter.writer.put(checkpoint(3), since_s=0.0)
+    reporter.finish_saving()
+    release.set()
+    assert names(tmp_path / "checkpoints") == ["step-00000003"]
+    assert caplog.text.count("are not on disk yet, and the checkpoint is saved all the same") == 1
+    assert tracked_run.finish() == 0
 
 
 @pytest.mark.parametrize(
