@@ -36,6 +36,11 @@ def main() -> int:
     parser.add_argument("command", choices=["sync", "status"])
     parser.add_argument("folders", nargs="+", type=Path, metavar="RUN_FOLDER")
     parser.add_argument("--uri", help="deliver there; not given: where each journal says")
+    parser.add_argument(
+        "--drop-missing",
+        action="store_true",
+        help="give up what is left for runs that a server does not hold",
+    )
     arguments = parser.parse_args()
     log_publicly(logging.WARNING)
     found = sorted({journal for folder in arguments.folders for journal in journals(folder)})
@@ -47,7 +52,7 @@ def main() -> int:
         Console(width=None if sys.stdout.isatty() else 140).print(table(found))
         return exits.DONE
     uri = credentials_apart(arguments.uri or "") or None
-    left = sum([sync(folder, uri) for folder in found])
+    left = sum([sync(folder, uri, arguments.drop_missing) for folder in found])
     return exits.of(ConnectionError()) if left else exits.DONE
 
 
@@ -80,7 +85,7 @@ def deliverer(journal: Journal) -> str:
     return ""
 
 
-def sync(folder: Path, uri: str | None) -> int:
+def sync(folder: Path, uri: str | None, drop_missing: bool) -> int:
     """Deliver one journal, say what became of it, and return how many entries are left."""
     journal = Journal(folder)
     if not journal.lock():
@@ -89,9 +94,9 @@ def sync(folder: Path, uri: str | None) -> int:
     before = journal.left()
     opened = RunFolder(folder.parent).keep_tracking_run_ids if folder.name == "tracking" else lambda ids: None
     try:
-        Delivery(journal, uri, opened).deliver()
+        Delivery(journal, uri, opened, drop_missing).deliver()
     except Exception as error:  # every store and driver fails in its own way
-        print(f"{folder}: no answer: {public(str(error))}")
+        print(f"{folder}: not all is delivered: {public(str(error))}")
     left = journal.left()
     journal.unlock()
     kinds = Counter(entry["kind"] for entry in before)

@@ -49,6 +49,7 @@ class Delivery:
         journal: Journal,
         uri: str | None = None,
         opened: Callable[[dict[str, str]], object] = lambda ids: None,
+        drop_missing: bool = False,
     ) -> None:
         """Nothing is delivered yet.
 
@@ -56,7 +57,9 @@ class Delivery:
             journal: what is to be delivered.
             uri: of the store; not given: where the journal says.
             opened: told the MLflow run ids, by the journal's names, once a run is open.
+            drop_missing: leave out what goes to runs that the store does not hold any more.
         """
+        self._drop_missing = drop_missing
         self._journal, self._uri, self._opened = journal, uri, opened
         self._client: MlflowClient | None = None
         self._gone: set[str] = set()  # MLflow runs that somebody has deleted
@@ -160,6 +163,9 @@ class Delivery:
     def _open(self, entry: Entry) -> None:
         """Make the run, or go on with it, and describe it; its groups are running."""
         client, state, runs = self._store(entry), self._journal.state, self._runs
+        known = runs.get(entry["run"], {"id": entry["run_id"]})  # else made before this journal was begun
+        run_id = known["id"]
+        gone = run_id is not None and self._is_gone(run_id)  # asked before a wrong store is written to
         experiment_id = _experiment_id(client, entry["experiment"], entry["artifact_folder"])
         state |= {"uri": entry["uri"], "experiment_id": experiment_id}
         about = {key: entry[key] for key in ("key", "name", "under", "user")}
@@ -168,17 +174,16 @@ class Delivery:
         tags = {**entry["tags"], "mlflow.user": entry["user"], KEY_TAG: entry["key"]}
         if groups or parent is not None:
             tags[PARENT_TAG] = groups[-1] if groups else parent
-        run_id, floor = runs.get(entry["run"], {}).get("id"), runs.get(entry["run"], {}).get("floor", {})
-        if run_id is None and entry["run_id"] is not None:  # made before this journal was begun
-            run_id = entry["run_id"]
-            floor = {own.key: own.step for own in client.get_run(run_id).data.to_proto().metrics}
         if run_id is None:
             found = self._find(KEY_TAG, entry["key"])
             made = found[0] if found else client.create_run(experiment_id, entry["at"], tags, entry["name"])
             run_id = made.info.run_id
-        runs[entry["run"]] = {**about, "id": run_id, "floor": floor}
+        elif "floor" not in known and not gone:
+            stored = client.get_run(run_id).data.to_proto().metrics
+            known = {**known, "floor": {own.key: own.step for own in stored}}
+        runs[entry["run"]] = {"floor": {}, **known, **about, "id": run_id}
         self._journal.save()
-        if self._is_gone(run_id):
+        if gone:
             return
         for each in (run_id, *groups):
             client.update_run(each, status="RUNNING")
@@ -190,13 +195,24 @@ class Delivery:
             logger.info("in MLflow: %s", page(state["uri"], experiment_id, run_id))
 
     def _is_gone(self, run_id: str) -> bool:
-        """Whether somebody has deleted a run: what is logged to it is left out, and said once."""
+        """Whether somebody has deleted a run: what is logged to it is left out, and said once.
+
+        Raises:
+            LookupError: the store does not hold it: it may be another one, or have lost its data.
+        """
+        client = self._store(None)
         try:
-            gone = self._store(None).get_run(run_id).info.lifecycle_stage == LifecycleStage.DELETED
+            gone = client.get_run(run_id).info.lifecycle_stage == LifecycleStage.DELETED
         except MlflowException as error:
-            if not _is_refusal(error):
+            if not _is_unknown(error):
                 raise
-            gone = True
+            gone = self._drop_missing or run_id in self._gone
+            if not gone:
+                raise LookupError(
+                    f"{public(client.tracking_uri)} does not hold MLflow run {run_id}. What is left for it "
+                    f"is kept. For another server: python launcher/track.py sync --uri URI "
+                    f"{self._journal.folder}; if the run is gone for good, give that up: sync --drop-missing"
+                ) from error
         if gone and run_id not in self._gone:
             self._gone.add(run_id)
             logger.warning("MLflow run %s is deleted: what is logged to it is left out", run_id)

@@ -150,7 +150,7 @@ class Outbox:
             except Exception as error:  # every store and driver fails in its own way
                 if failures == 0:
                     logger.warning(
-                        "tracking has no answer; training goes on, what is logged is kept in %s: %s",
+                        "tracking cannot deliver; training goes on, what is logged is kept in %s: %s",
                         self.journal.folder,
                         error,
                     )

@@ -14,8 +14,9 @@ from launcher import track
 from launcher.tracked import heldout, surroundings
 from tests.launcher.conftest import ROOT, Launch, student
 from tests.trainer.mlflow_server import Server
-from trainer import exits
+from trainer import exits, outbox
 from trainer.journal import Journal
+from trainer.tracking import Run as TrackedRun
 
 TIMED = ("speed/", "time/", "share/", "memory/", "start/", "system/")  # differ from run to run
 OF_ONE_RUN = ("distil.key", "mlflow.parentRunId", "mlflow.note.content")
@@ -137,6 +138,34 @@ def check(found: dict[str, Any], group: Run, run: Run) -> None:
     assert "**Outcome:** small held-out loss " in note and note.endswith("; finished")
     assert "small held-out loss" in group.data.tags["outcome.alone"]
     assert "- **healthy**: small held-out loss" in group.data.tags["mlflow.note.content"]
+
+
+def test_what_goes_to_runs_that_a_server_has_lost_is_kept_until_it_is_given_up(
+    called: Callable[..., tuple[int, str]], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(outbox, "SEND_EVERY_S", 0.2)
+    (tmp_path / "server").mkdir()
+    server = Server(tmp_path / "server")
+    server.start()
+    try:
+        about: dict[str, Any] = {"experiment": "e", "name": "r", "params": {}, "tags": {}}
+        journal = tmp_path / "run/tracking"
+        run = TrackedRun.start(uri=server.uri, default_folder=tmp_path, journal=journal, **about)
+        run.opened()
+        server.kill()
+        run.log_metrics({"loss": 1.0}, 1)
+        assert run.finish(wait_s=0.5) >= 2
+        (tmp_path / "server/server.db").unlink()
+        server.start()
+        code, said = called("sync", str(tmp_path))
+        assert (
+            code == exits.LOST and f"does not hold MLflow run {run.id}" in said and "--drop-missing" in said
+        )
+        assert len(Journal(journal).left()) >= 2
+        code, said = called("sync", str(tmp_path), "--drop-missing")
+        assert code == exits.DONE and "; 0 entries left" in said
+    finally:
+        server.kill()
 
 
 def test_a_folder_without_a_journal_is_an_error(

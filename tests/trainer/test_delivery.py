@@ -6,8 +6,10 @@ from pathlib import Path
 import pytest
 from mlflow import MlflowClient
 
-from tests.trainer.mlflow_server import Server, proxy
+from tests.trainer.mlflow_server import Server, proxy, wait_for
 from tests.trainer.test_tracking import points, start
+from trainer.delivery import Delivery
+from trainer.journal import Journal
 
 pytestmark = pytest.mark.usefixtures("promptly")
 
@@ -30,3 +32,36 @@ def test_a_file_that_a_proxy_refuses_holds_no_later_one_up(
     assert run.id is not None
     assert [file.path for file in MlflowClient(server.uri).list_artifacts(run.id)] == ["small.txt"]
     assert points(server.uri, run.id, "loss") == [(1, 1.0)]
+
+
+def test_a_proxy_that_refuses_everything_costs_nothing(server: Server, tmp_path: Path) -> None:
+    status = 0
+    with proxy(server.uri, lambda method, path, size: status) as uri:
+        run = start(uri, tmp_path, journal=tmp_path / "tracking")
+        run_id = run.opened()
+        run.log_metrics({"loss": 1.0}, 0)
+        wait_for(lambda: points(server.uri, run_id, "loss") != [], "the first point")
+        status = 400
+        for step in range(1, 10):
+            run.log_metrics({"loss": 1.0}, step)
+        run.log_text("hello", "a.txt")
+        assert run.finish(wait_s=1.0) >= 10
+        status = 0
+        found = Journal(tmp_path / "tracking")
+        Delivery(found).deliver()
+    assert found.left() == [] and len(points(server.uri, run_id, "loss")) == 10
+
+
+def test_another_store_is_told_nothing_of_a_run_that_it_does_not_hold(server: Server, tmp_path: Path) -> None:
+    folder, other = tmp_path / "tracking", f"sqlite:///{tmp_path}/other.db"
+    run = start(server.uri, tmp_path, journal=folder, under=["group"])
+    run.opened()
+    assert run.finish() == 0
+    found = Journal(folder)  # of a job that starts again, and ends before it has delivered anything
+    again = {**run._opening, "kind": "open", "run": "", "at": 1, "user": "me"}
+    found.append([again, {"kind": "metrics", "run": "", "at": 2, "step": 1, "values": {"loss": 1.0}}])
+    with pytest.raises(LookupError, match=f"does not hold MLflow run {run.id}.*sync --drop-missing"):
+        Delivery(found, other).deliver()
+    assert len(found.left()) == 2 and MlflowClient(other).get_experiment_by_name("distillation") is None
+    Delivery(found).deliver()
+    assert found.left() == [] and points(server.uri, run.id, "loss") == [(1, 1.0)]

@@ -57,7 +57,7 @@ def test_what_a_dead_store_missed_arrives_in_order_when_it_is_back(
         store.error = None
         assert box.close(wait_s=10) == 0
     assert store.steps == list(range(5000))
-    assert caplog.text.count("no answer; training goes on") == 1
+    assert caplog.text.count("cannot deliver; training goes on") == 1
 
 
 def test_close_gives_up_on_a_dead_store_and_the_next_job_delivers(
