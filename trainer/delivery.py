@@ -11,6 +11,7 @@ waits at exit for as long as a dead server lets it.
 
 import json
 import logging
+import math
 import re
 import time
 from collections.abc import Callable, Mapping, Sequence
@@ -86,18 +87,20 @@ class Delivery:
 
     def _send(self, entries: list[Entry]) -> None:
         points: dict[str, list[Metric]] = {}
+        again: dict[str, int] = {}
         for entry in entries:
+            run = entry.get("run", "")
             if entry["kind"] == "metrics":
-                points.setdefault(entry["run"], []).extend(
-                    Metric(key, value, entry["at"], entry["step"]) for key, value in entry["values"].items()
-                )
-            elif entry["kind"] not in ("header", "again"):
+                points.setdefault(run, []).extend(_points(entry, self._runs[run], again.get(run)))
+            elif entry["kind"] == "again":
+                again[run] = min(entry["step"], again.get(run, entry["step"]))
+            elif entry["kind"] != "header":
                 self._send_one(entry)
-        for run, own in points.items():
-            floor = self._runs[run]["floor"]
-            new = [point for point in own if point.step > floor.get(point.key, point.step - 1)]
+        for run, new in points.items():
             for start in range(0, len(new), MAX_BATCH_POINTS):
                 self._send_batch(self._runs[run]["id"], new[start : start + MAX_BATCH_POINTS])
+        for run, step in again.items():  # only now: whatever is sent twice is to be the same
+            self._runs[run]["again"] = min(step, self._runs[run].get("again", step))
 
     def _send_batch(self, run_id: str, batch: Sequence[Metric | Param | RunTag]) -> None:
         """Send it; of a batch that is refused, all but the things that are."""
@@ -281,6 +284,21 @@ class Delivery:
             told = opening["uri"] if opening is not None else self._journal.state["uri"]
             self._client = MlflowClient(self._uri or told)
         return self._client
+
+
+def _points(entry: Entry, run: Mapping[str, Any], again: int | None) -> list[Metric]:
+    """What is new to the store of an entry: it held points up to ``floor`` when the journal was begun.
+
+    Points after the step ``again`` are others than it holds. A count of our own goes on from the store's.
+    """
+    floor: dict[str, int] = run["floor"]
+    if entry.get("counted"):
+        steps = {key: entry["step"] + 1 + floor.get(key, -1) for key in entry["values"]}
+    else:
+        last = min(own for own in (again, run.get("again"), math.inf) if own is not None)
+        steps = {key: entry["step"] for key in entry["values"]}
+        steps = {key: own for key, own in steps.items() if own > min(last, floor.get(key, own - 1))}
+    return [Metric(key, entry["values"][key], entry["at"], step) for key, step in steps.items()]
 
 
 def tag_name(text: str) -> str:

@@ -66,6 +66,7 @@ class Journal:
         self._lock: int | None = None
         self._load_cursor()
         self._steps: dict[str, dict[str, int]] = {}  # highest step by run and metric
+        self._counts: dict[str, dict[str, int]] = {}  # the same of metrics that the journal itself counts
         self._keys: dict[str, str] = {}  # by run: a made-up key by which it is found in the store
         self._pending: list[Entry] = []  # not looked at yet
         self._unwritten: list[str] = []  # lines that the disk has not taken
@@ -114,7 +115,8 @@ class Journal:
         self.close()
         self._file, self._segment = file, number
         self._bytes, self._torn = 0, False
-        self._unwritten = [json.dumps({"kind": "header", "steps": self._steps, "keys": self._keys})]
+        header = {"kind": "header", "steps": self._steps, "counts": self._counts, "keys": self._keys}
+        self._unwritten = [json.dumps(header)]
         self._older_bytes = self._measured()
 
     def _measured(self) -> int:
@@ -143,7 +145,9 @@ class Journal:
         if entry["kind"] == "metrics":
             known = self._steps.get(entry["run"], {})
             if entry["step"] is None:  # of a count that goes on, whoever samples
-                entry = {**entry, "step": 1 + max(known.get(key, -1) for key in entry["values"])}
+                known = self._counts.get(entry["run"], {})
+                step = 1 + max(known.get(key, -1) for key in entry["values"])
+                entry = {**entry, "step": step, "counted": True}
             step = entry["step"]
             values = {key: own for key, own in entry["values"].items() if known.get(key, step - 1) < step}
             if not values or self._gives_up():
@@ -168,10 +172,12 @@ class Journal:
         run = entry.get("run", "")
         if entry["kind"] == "header":
             self._steps, self._keys = entry["steps"], entry["keys"]
+            self._counts = entry.get("counts", {})  # journals begun by earlier versions have none
         elif entry["kind"] == "open":
             self._keys[run] = entry["key"]
         elif entry["kind"] == "metrics":
-            self._steps.setdefault(run, {}).update(dict.fromkeys(entry["values"], entry["step"]))
+            noted = self._counts if entry.get("counted") else self._steps
+            noted.setdefault(run, {}).update(dict.fromkeys(entry["values"], entry["step"]))
         elif entry["kind"] == "again":
             own = self._steps.get(run, {})
             self._steps[run] = {key: min(step, entry["step"]) for key, step in own.items()}

@@ -35,7 +35,7 @@ class Outbox:
         Args:
             journal: written here, and delivered while this process holds its lock.
             deliver: delivers all that the journal holds, or raises.
-            sample: asked for further entries every second.
+            sample: asked for further entries every second, once something was put.
         """
         self.journal = journal
         self._deliver, self._sample = deliver, sample
@@ -113,7 +113,7 @@ class Outbox:
             entries = [self._queue.popleft() for _ in range(len(self._queue))]
             taken += len(entries)
             try:
-                self.journal.append([*entries, *self._samples()])
+                self.journal.append([*entries, *(self._samples() if taken else [])])
                 failures, self._on_disk = 0, taken
                 if closing:
                     self.journal.close()

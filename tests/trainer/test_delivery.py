@@ -1,6 +1,8 @@
 """What a store refuses, loses or has already, against a real server and a proxy before it."""
 
 import logging
+import shutil
+from itertools import pairwise
 from pathlib import Path
 
 import pytest
@@ -65,3 +67,31 @@ def test_another_store_is_told_nothing_of_a_run_that_it_does_not_hold(server: Se
     assert len(found.left()) == 2 and MlflowClient(other).get_experiment_by_name("distillation") is None
     Delivery(found).deliver()
     assert found.left() == [] and points(server.uri, run.id, "loss") == [(1, 1.0)]
+
+
+def test_a_resumed_run_whose_journal_is_gone_counts_on_and_may_go_back(tmp_path: Path) -> None:
+    folder, uri = tmp_path / "tracking", f"sqlite:///{tmp_path}/mlflow.db"
+
+    def job(run_id: str | None, name: float, *steps: int) -> str:
+        """Log these steps, with a rollback where they go back; the values say whose they are."""
+        sample = {"kind": "metrics", "run": "", "at": 0, "step": None, "values": {"system/cpu": name}}
+        due = [sample] * 6
+        run = start(
+            uri, tmp_path, journal=folder, run_id=run_id, sample=lambda: [due.pop() for _ in range(len(due))]
+        )
+        for before, step in pairwise((-1, *steps)):
+            if step < before:
+                run.log_again(step - 1)
+                name += 1
+            run.log_metrics({"loss": name}, step)
+        assert run.finish() == 0 and run.id is not None
+        shutil.rmtree(folder)
+        return run.id
+
+    run_id = job(None, 1.0, *range(20))
+    job(run_id, 2.0, *range(15, 25), *range(8, 12), *range(10, 13))
+    cpu = points(uri, run_id, "system/cpu")
+    assert cpu == [(step, 1.0) for step in range(6)] + [(step, 2.0) for step in range(6, 12)]
+    logged = {1.0: range(20), 2.0: range(20, 25), 3.0: range(8, 12), 4.0: range(10, 13)}
+    expected = sorted((step, name) for name, steps in logged.items() for step in steps)
+    assert points(uri, run_id, "loss") == expected
