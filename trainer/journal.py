@@ -172,7 +172,7 @@ class Journal:
         run = entry.get("run", "")
         if entry["kind"] == "header":
             self._steps, self._keys = entry["steps"], entry["keys"]
-            self._counts = entry.get("counts", {})  # journals begun by earlier versions have none
+            self._counts = entry.get("counts", {})
         elif entry["kind"] == "open":
             self._keys[run] = entry["key"]
         elif entry["kind"] == "metrics":
