@@ -1,7 +1,8 @@
 """A general student on GLUE: teacher, student, the same without its parts, with seeds; then one report.
 
     python benchmarks/glue.py --data GLUE --teacher MODEL --general EXPORT --output FOLDER
-        [--tasks rte,mrpc] [--seeds 3] [--ablate cola] [--vectors FILE] [--jobs 2] [--json PATH] [--quick]
+        [--tasks rte,mrpc] [--seeds 3] [--other-seeds 1] [--ablate cola] [--vectors FILE] [--jobs 2]
+        [--json PATH] [--quick]
 
 Of every task: ``launcher/task.py`` builds the corpus, fine-tunes the teacher, and trains per seed
 
@@ -81,13 +82,13 @@ def main() -> None:
         parser.add_argument(f"--{name}", type=Path, required=True)
     parser.add_argument("--tasks", default=",".join(RECIPES))
     parser.add_argument("--seeds", type=int, default=3)
-    parser.add_argument("--random-seeds", type=int, help="seeds of without_general; not given: all")
+    parser.add_argument("--other-seeds", type=int, help="without_general, finetuned; not given: as --seeds")
     parser.add_argument("--ablate", default="", help="tasks, separated by commas")
     parser.add_argument("--vectors", type=Path, help="GloVe file, to ablate with augmentation")
     parser.add_argument("--attention", type=float, default=0.01, help="weight of the attention term")
     parser.add_argument("--jobs", type=int, default=1)
     arguments = parser.parse_args()
-    arguments.random_seeds = arguments.random_seeds or arguments.seeds
+    arguments.other_seeds = arguments.other_seeds or arguments.seeds
     tasks = arguments.tasks.split(",")
     if unknown := set(tasks + [t for t in arguments.ablate.split(",") if t]) - set(RECIPES):
         parser.error(f"unknown tasks: {', '.join(sorted(unknown))}; known: {', '.join(RECIPES)}")
@@ -123,13 +124,14 @@ class Bench:
         config["students"] = [self.student("student")]
         self.stage("intermediate", config)
         self.stage("prediction", config)
+        if seed > self.arguments.other_seeds:
+            return
         config["students"] = [self.student("finetuned", init="teacher")]
         self.stage("baseline", config)
-        if seed <= self.arguments.random_seeds:
-            config = self.config(task, folder / "random", seed)
-            config["students"] = [self.student("without_general", init="random")]
-            self.stage("intermediate", config)
-            self.stage("prediction", config)
+        config = self.config(task, folder / "random", seed)
+        config["students"] = [self.student("without_general", init="random")]
+        self.stage("intermediate", config)
+        self.stage("prediction", config)
 
     def ablate(self, task: str) -> None:
         """Train the student without one of its parts each."""
