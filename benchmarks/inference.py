@@ -15,6 +15,9 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
+import configs  # noqa: F401  before transformers, which finds torchao and makes it talk
+
+# isort: split
 import copy
 import os
 from collections.abc import Sequence

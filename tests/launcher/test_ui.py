@@ -21,7 +21,7 @@ from tests.conftest import WORDS
 from tests.launcher.conftest import ROOT, student
 from tests.trainer.mlflow_server import Server
 
-CHROMIUM = shutil.which("chromium") or "chromium"
+CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
 TRAINING = "workflowType=machine_learning"
 WAIT_MS = 60_000  # against a hang: the pages' scripts are large
 
@@ -64,6 +64,8 @@ def shown(
     tmp_path_factory: pytest.TempPathFactory, tiny_tokenizer: Path, tiny_teacher: Path
 ) -> Iterator[Shown]:
     """The pipeline ``wiki-2026``: a corpus, two students of one run, a sweep of two packed trials."""
+    if CHROMIUM is None:
+        pytest.fail("Chromium is not installed; `apt-get install chromium` (Debian)")
     folder = tmp_path_factory.mktemp("ui")
     (folder / "text.txt").write_text("\n\n".join(" ".join(WORDS[n:] + WORDS[:n]) for n in range(60)))
     server = Server(folder)
