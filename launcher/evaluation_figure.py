@@ -1,5 +1,8 @@
 """The figures of an evaluation: what students keep of the teacher's score, against their latency, by task."""
 
+from collections.abc import Sequence
+
+from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 
@@ -18,7 +21,8 @@ def colour_of(number: int) -> str:
 def draw(results: Results, wide: bool) -> Figure:
     """Draw share of the teacher's score (percent, mean over tasks) against median latency (log scale).
 
-    Bars are the standard deviation that the seeds give. The legend stands beside the axes, or below.
+    Only arms that were scored on all tasks. Bars are the standard deviation that the seeds give. The legend
+    stands beside the axes, or below.
     """
     figure = new(9.0, 4.6) if wide else new(4.2, 4.8)
     axes = figure.add_subplot()
@@ -28,8 +32,8 @@ def draw(results: Results, wide: bool) -> Figure:
         colour = colour_of(number)
         for form, marker in MARKERS.items():
             kept, timing = results.kept(arm, form), results.latency(arm, form)
-            if kept is None or timing is None:
-                continue
+            if kept is None or kept.columns < len(results.columns) or timing is None:
+                continue  # means over other tasks cannot be compared
             spread = None if kept.spread is None else 100 * kept.spread
             axes.errorbar(
                 timing.p50_ms, 100 * kept.mean, spread, fmt=marker, color=colour, capsize=3, markersize=9
@@ -53,46 +57,56 @@ def draw(results: Results, wide: bool) -> Figure:
 
 def draw_retention(results: Results, wide: bool) -> Figure:
     """Draw the share of the teacher's score (percent) that every arm keeps on every task, in PyTorch."""
-    arms, columns = results.arms, results.columns
-    figure = new(9.0 if wide else 4.2, 0.9 + len(columns) * (0.2 + 0.22 * len(arms)))
+    bars = [
+        [
+            (number, [100 * value / results.teacher_score(column) for value in arm.values("pytorch", column)])
+            for number, arm in enumerate(results.arms, start=1)
+            if arm.values("pytorch", column)
+        ]
+        for column in results.columns
+    ]
+    figure = new(9.0 if wide else 4.2, 1.2 + sum(0.2 + 0.22 * len(own) for own in bars))
     axes = figure.add_subplot()
-    height = 0.8 / len(arms)
-    for number, arm in enumerate(arms, start=1):
-        for row, column in enumerate(columns):
-            shares = [100 * value / results.teacher_score(column) for value in arm.values("pytorch", column)]
-            if not shares:
-                continue
-            mean, spread, y = (
-                sum(shares) / len(shares),
-                deviation(shares),
-                row - 0.4 + (number - 0.5) * height,
-            )
-            label = arm.name if row == 0 else None
-            axes.barh(y, mean, 0.86 * height, color=colour_of(number), alpha=0.85, label=label)
-            if spread is not None:
-                axes.errorbar(mean, y, xerr=spread, color=INK, capsize=2, linewidth=1)
-                axes.plot(shares, [y] * len(shares), "o", color=PAPER, markeredgecolor=INK, markersize=3)
-            axes.annotate(
-                f"{mean:.1f}%",
-                (1, y),
-                xycoords=("axes fraction", "data"),
-                xytext=(5, 0),
-                textcoords="offset points",
-                va="center",
-                fontsize=8,
-                color=SOFT,
-            )
+    y, middles, named = 0.0, [], set()
+    for own in bars:
+        middles.append(y + (len(own) - 1) / 2)
+        for number, shares in own:
+            name = results.arms[number - 1].name
+            _bar(axes, y, number, shares, None if name in named else name)
+            named.add(name)
+            y += 1
+        y += 1
     axes.axvline(100, color=TEACHER_COLOUR, linewidth=1)
     axes.axvline(
         100 * results.aim, color=AIM_COLOUR, linewidth=1, linestyle="--", label=f"aim {results.aim:.0%}"
     )
-    axes.set_yticks(range(len(columns)), [column.name for column in columns])
-    axes.set_ylim(len(columns) - 0.5, -0.5)
+    axes.set_yticks(middles, [column.name for column in results.columns])
+    axes.set_ylim(y - 1, -1)
     axes.grid(False, axis="y")
     axes.margins(x=0.02)
     axes.set_xlabel("kept of the teacher's score, %")
     figure.legend(loc="outside upper left", ncols=4 if wide else 2, frameon=False)
     return figure
+
+
+def _bar(axes: Axes, y: float, number: int, shares: Sequence[float], label: str | None) -> None:
+    """Draw an arm's share of a task: the mean, and where there are several seeds these."""
+    mean, spread = sum(shares) / len(shares), deviation(shares)
+    hatch = "//" if number > len(COLOURS) else None  # colours begin again
+    axes.barh(y, mean, 0.86, color=colour_of(number), alpha=0.85, label=label, hatch=hatch, edgecolor=PAPER)
+    if spread is not None:
+        axes.errorbar(mean, y, xerr=spread, color=INK, capsize=2, linewidth=1)
+        axes.plot(shares, [y] * len(shares), "o", color=PAPER, markeredgecolor=INK, markersize=3)
+    axes.annotate(
+        f"{mean:.1f}%",
+        (1, y),
+        xycoords=("axes fraction", "data"),
+        xytext=(5, 0),
+        textcoords="offset points",
+        va="center",
+        fontsize=8,
+        color=SOFT,
+    )
 
 
 def _legend(figure: Figure, aim: Line2D, colours: dict[str, str], forms: list[str], wide: bool) -> None:

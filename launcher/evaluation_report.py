@@ -8,6 +8,9 @@ from launcher.figure import show
 from launcher.page import Table, page, section, tiles
 from launcher.results import FORMS, Arm, Choice, Column, Kept, Results, Timing, deviation
 
+MOST_NAMED = 3
+"""Arms of one shape that a row of the table of sizes names."""
+
 
 def markdown(results: Results) -> str:
     """Return the whole report as Markdown."""
@@ -137,7 +140,9 @@ def _speed(results: Results) -> Table:
     few, many = results.batch_rows[0], results.batch_rows[-1]
     rows = []
     for arms in [[results.teacher], *by_shape.values()]:
-        names = ", ".join(arm.name for arm in arms)
+        others = len(arms) - MOST_NAMED
+        names = ", ".join(arm.name for arm in arms[:MOST_NAMED])
+        names += f" and {others} more of this shape" if others > 0 else ""
         first = max(arms, key=lambda arm: len(arm.timings))
         for device in results.devices:
             for form in FORMS:

@@ -1,5 +1,6 @@
 """The figures show every model and form at its place, and what each keeps of every task."""
 
+from dataclasses import replace
 from functools import partial
 
 import pytest
@@ -33,6 +34,20 @@ def test_a_bar_is_the_mean_share_of_a_task_and_has_the_seeds_spread() -> None:
     assert len(whiskers) == 4, "where there are several seeds"
     assert {round(float(ends[1][0] - ends[0][0]), 2) for ends in whiskers} == {2.17, 2.38, 2.5, 3.07}
     assert {"98.9%", "78.6%"} <= {text.get_text() for text in axes.texts}
+
+
+def test_an_arm_of_one_task_stands_with_that_task_alone() -> None:
+    """Its mean is of other things than the means of the others."""
+    results = made_results()
+    column = results.columns[1].name
+    scores = {"pytorch": {column: results.arms[0].scores["pytorch"][column]}}
+    partly = replace(results.arms[0], name="without_hidden", scores=scores)
+    results = replace(results, arms=[*results.arms, partly])
+    figure = drawn(partial(draw, results), wide=True)
+    assert "without_hidden" not in [text.get_text() for text in figure.legends[0].get_texts()]
+    (axes,) = drawn(partial(draw_retention, results), wide=True).axes
+    places = sorted(round(bar.get_y() + bar.get_height() / 2, 6) for bar in axes.patches)
+    assert places == [0, 1, 3, 4, 5, 7, 8] and list(axes.get_yticks()) == [0.5, 4, 7.5]
 
 
 @pytest.mark.parametrize("wide", [True, False])
