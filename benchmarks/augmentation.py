@@ -19,6 +19,9 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
+import configs  # noqa: F401  before transformers, which finds torchao and makes it talk
+
+# isort: split
 import numpy as np
 import torch
 from tokenizers import Encoding

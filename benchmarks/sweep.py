@@ -18,6 +18,9 @@ from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
+import configs  # noqa: F401  before transformers, which finds torchao and makes it talk
+
+# isort: split
 import yaml
 from transformers import AutoTokenizer, BertConfig, BertModel
 
