@@ -46,21 +46,19 @@ def test_what_happens_is_kept_in_the_run_folder(run_config: dict[str, Any]) -> N
         reporter.newest_checkpoint()
 
 
+def tracking(folder: Path, uri: str | None = None) -> Run:
+    """A run of its own, with its journal in ``folder/j``."""
+    about: dict[str, Any] = {"experiment": "e", "name": "r", "params": {}, "tags": {}}
+    return Run.start(uri=uri, default_folder=folder, journal=folder / "j", **about)
+
+
 def test_a_full_disk_costs_what_was_evaluated_its_line_and_not_the_run(
     run_config: dict[str, Any], tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     config, place = load_config(RunConfig, written(run_config), []), World(0, 1, 0, 1, torch.device("cpu"))
     run: Any = SimpleNamespace(config=config, world=place, progress=Progress(step=3), total_steps=6)
     watchdog, store = Watchdog(place, 60.0), f"sqlite:///{tmp_path}/mlflow.db"
-    tracked_run = Run.start(
-        uri=store,
-        default_folder=tmp_path,
-        experiment="e",
-        name="r",
-        params={},
-        tags={},
-        journal=tmp_path / "j",
-    )
+    tracked_run = tracking(tmp_path, store)
     with small_disk(tmp_path / "disk", 16 * 4096) as disk:
         with pytest.raises(OSError, match="No space left"), (disk / "filler").open("wb", buffering=0) as file:
             while True:
@@ -88,15 +86,7 @@ def test_a_checkpoint_whose_points_are_not_on_disk_says_so(
     run: Any = SimpleNamespace(config=config, world=place, progress=Progress(step=3), total_steps=6)
     watchdog, release, flush, append = Watchdog(place, 60.0), threading.Event(), Run.flush, Journal.append
     monkeypatch.setattr(Run, "flush", lambda self: flush(self, wait_s=0.2))
-    tracked_run = Run.start(
-        uri=None,
-        default_folder=tmp_path,
-        experiment="e",
-        name="r",
-        params={},
-        tags={},
-        journal=tmp_path / "j",
-    )
+    tracked_run = tracking(tmp_path)
     reporter = Reporter(run, Tracked(tmp_path, tracked_run, {}), RunFolder(tmp_path), Stations(), watchdog)
     watchdog.close()
     assert tracked_run.flush()
