@@ -150,10 +150,13 @@ def stage_advice(totals: Mapping[int, int], configured: int, limit_bytes: int) -
 
 
 def batch_advice(tried: Sequence[Size], most: int | None) -> str:
-    """Return a sentence on the micro batch, ``tried[0]``: whether a larger one is faster per row."""
+    """Return a sentence on the micro batch, ``tried[0]``: whether a larger one is faster per row.
+
+    ``tried`` are those that the global batch can be dealt in.
+    """
     own, best = tried[0], min(tried, key=lambda size: size.seconds / size.rows)
     gain = (own.seconds / own.rows) / (best.seconds / best.rows)
     limit = "memory does not limit it here" if most is None else f"about {most} rows would fit"
     if gain >= FASTER:
         return f"train.micro_batch_rows={best.rows} is {gain:.2f}x as fast per row as {own.rows}; {limit}"
-    return f"no larger micro batch that was tried is faster per row than {own.rows}; {limit}"
+    return f"no larger micro batch that was tried and can be dealt is faster per row than {own.rows}; {limit}"

@@ -79,6 +79,8 @@ def test_ranks_try_the_run_out_and_print_a_plan(run_config: dict[str, Any], tmp_
     assert sizes[0][0] == "4 (configured)" and [row[0] for row in sizes[1:]] == [
         str(4 * 2 ** (n + 1)) for n in range(len(sizes) - 1)
     ]
+    # Of twice the rows, and of four times, 24 are no multiple on two ranks.
+    assert "no larger micro batch that was tried and can be dealt" in " ".join(done.stdout.split())
     micro_s, optimizer_s = (float(sizes[0][n].removesuffix(" s")) for n in (1, 2))
     told = " ".join(done.stdout.split())
     plan = re.search(r"100 steps on 2 ranks \(cpu\) take .*?, ([\d.]+) rows/s", told)

@@ -166,6 +166,18 @@ def test_figures_of_a_trial(apart: Sweep) -> None:
             run.value("heldout/score/f1", "small", 32)
 
 
+def test_a_trial_that_cannot_be_judged_fails_and_does_not_come_again(
+    tmp_path: Path, base: dict[str, Any]
+) -> None:
+    """A row longer than the student's positions, at which the model itself raises."""
+    rates, longest = {RATE: {"values": [5e-3]}}, [{"metric": "student/latency_ms"}]
+    sweep = Sweep(tmp_path, base, space=rates, objectives=longest, row_tokens=4096)
+    code, said = sweep.run()
+    assert code == 1 and "trial 0 has FAILED" in said, said
+    assert [trial["state"] for trial in sweep.trials()] == ["failed"]
+    assert sweep.run()[0] == 1 and len(sweep.events(0, "started")) == 1
+
+
 def test_what_mlflow_shows(apart: Sweep) -> None:
     client = MlflowClient(tracking_uri=f"sqlite:///{apart.folder}/mlflow.db")
     experiment = client.get_experiment_by_name("distillation")
